@@ -1,0 +1,86 @@
+"""Every option, with its unit and its default: the paper's recipe for ImageNet-1k.
+
+A variant's file calls `get_config` and changes what differs. A duration is a string of a
+number and a unit, "300 epochs", "20 steps" or "1_000_000 examples"; "" stands for none.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults, unlocked keys excepted: nothing may be added from the command line."""
+    config = ConfigDict()
+    config.seed = 0  # the one seed: initialisation, order, augmentation, drop path
+    config.init_from = ""  # weights to start from: a hub name, .pth, .safetensors or checkpoint
+
+    config.model = ConfigDict()
+    config.model.name = "mambaout_tiny"  # see mambaout_jax.list_models()
+    config.model.drop_path_rate = 0.2  # probability at the last block; rises linearly from 0
+    config.model.head_dropout_rate = 0.0  # probability
+    config.model.dtype = "bfloat16"  # of the computation; parameters are float32
+    config.model.remat = False  # recompute each block in the backward pass, to save memory
+
+    config.data = ConfigDict()
+    config.data.source = "tfds"  # "tfds" (prepared as ArrayRecord) or "folder" (dir/split/class/x)
+    config.data.name = "imagenet2012"  # TFDS name; "digits" ships with the package
+    config.data.dir = ""  # where the data lies; for TFDS, empty stands for $TFDS_DATA_DIR
+    config.data.train_split = "train"
+    config.data.eval_split = "validation"
+    config.data.num_classes = 1000
+    config.data.image_size = 224  # pixels, of training and of evaluation
+    config.data.workers = 0  # processes a host that decode and augment; 0: threads of this one
+    config.data.threads = 16  # threads a process that read and decode
+
+    config.augment = ConfigDict()
+    config.augment.crop_scale = (0.08, 1.0)  # area of the random crop, as a part of the picture
+    config.augment.crop_ratio = (3 / 4, 4 / 3)  # width to height of the random crop
+    config.augment.interpolation = "random"  # "bilinear", "bicubic" or "random" (even odds)
+    config.augment.hflip = 0.5  # probability of a horizontal flip
+    config.augment.policy = "rand-m9-mstd0.5-inc1"  # timm's RandAugment string, "3a", or ""
+    config.augment.color_jitter = 0.0  # strength of brightness, contrast and saturation; 0: none
+    config.augment.repeats = 1  # of each picture in an epoch (repeated augmentation); 1: none
+    config.augment.random_erasing = 0.25  # probability, on the device, after normalisation
+    config.augment.mixup = 0.8  # alpha of the Beta distribution; 0: none
+    config.augment.cutmix = 1.0  # alpha of the Beta distribution; 0: none
+    config.augment.mixup_prob = 1.0  # probability that a batch is mixed at all
+    config.augment.mixup_switch_prob = 0.5  # probability of CutMix where both are on
+    config.augment.mixup_off = ""  # duration after which batches are not mixed any more; "": never
+    config.augment.max_bad_fraction = 0.001  # of training pictures that may fail to decode
+
+    config.batch_size = 4096  # examples a step, over all devices of all processes
+    config.accumulate_steps = 1  # parts that a batch is split into, one after the other
+    config.label_smoothing = 0.1
+
+    config.schedule = ConfigDict()
+    config.schedule.learning_rate = 4e-3  # the peak
+    config.schedule.duration = "300 epochs"  # of the cosine, warmup included
+    config.schedule.warmup = "20 epochs"
+    config.schedule.warmup_learning_rate = 1e-6  # at the first step
+    config.schedule.min_learning_rate = 1e-5  # at the cosine's end
+    config.schedule.cooldown = "10 epochs"  # at the minimum, after the cosine
+    config.schedule.per = "epoch"  # how often the learning rate moves: "epoch" or "step"
+
+    config.optimizer = ConfigDict()
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.05  # on tensors of more than one axis
+    config.optimizer.layer_decay = 1.0  # learning-rate factor from a layer to the one below it
+    config.optimizer.clip_norm = 0.0  # global norm that gradients are clipped to; 0: not clipped
+    config.optimizer.ema_decay = 0.0  # of the averaged parameters that evaluation uses; 0: none
+
+    config.eval = ConfigDict()
+    config.eval.batch_size = 1024  # examples a step, over all devices of all processes
+    config.eval.every = "1 epochs"
+    config.eval.crop_pct = 1.0  # the crop's part of the resized picture's short side
+    config.eval.crop_mode = "center"  # "center", or "squash": the whole picture, aspect lost
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = "1 epochs"
+    config.checkpoint.keep = 2  # newest checkpoints kept, beside the best one
+
+    config.log = ConfigDict()
+    config.log.every = "50 steps"  # between two lines of metrics
+    config.log.wandb_project = ""  # Weights & Biases project; "": none
+
+    return config.lock()

@@ -1,0 +1,45 @@
+"""Packaging of mambaout_jax."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+extras = {
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+    "torch": ["torch>=2.6"],
+    "wandb": ["wandb>=0.19"],
+    "test": ["pytest>=8.4", "hypothesis>=6.130", "scikit-learn>=1.6"],
+    "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.2"],
+}
+
+setup(
+    name="mambaout_jax",
+    version="0.1.0",
+    description="MambaOut in Flax: exact to the PyTorch reference, trained with jit and sharding.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mambaout_jax", "mambaout_jax.*"]),
+    include_package_data=True,
+    install_requires=[
+        "jax>=0.7.2",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.25",
+        "grain>=0.2.12",
+        "array-record>=0.8",
+        "tensorflow-datasets>=4.9.9",
+        "ml_collections>=1.1",
+        "clu>=0.0.12",
+        "numpy>=2.0",
+        "pillow>=11.3",
+        "matplotlib>=3.9",
+        "tensorboardX>=2.6.4",
+        "tqdm>=4.67",
+        "safetensors>=0.5",
+        "huggingface_hub>=0.34",
+    ],
+    extras_require=extras,
+)
