@@ -1,6 +1,7 @@
 """Evaluation: every picture of a split once, whatever the batch, the devices and the processes."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,6 +20,8 @@ from mambaout_jax.training.build import build_preprocessing, build_recipe
 from mambaout_jax.training.sharding import check_batch, global_batch, make_mesh, state_shardings
 from mambaout_jax.training.step import EvalMetrics, compile_eval_step
 from mambaout_jax.weights.store import load_weights
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -71,7 +73,7 @@ def evaluate_weights(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             raise UserError(f"config.{key} is {ours!r}, but the weights have {theirs!r}")
     preprocessing = build_preprocessing(config)
     if preprocessing != info.preprocessing:
-        logging.warning("evaluating with %s; the weights' is %s", preprocessing, info.preprocessing)
+        logger.warning("evaluating with %s; the weights' is %s", preprocessing, info.preprocessing)
     shardings = state_shardings(params, mesh)
     model = info.create_model(dtype=jnp.dtype(config.model.dtype))
     eval_step = compile_eval_step(model, build_recipe(config, 1), shardings, mesh)
@@ -79,14 +81,14 @@ def evaluate_weights(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     report = {
         "weights": str(config.init_from or workdir),
         "model": info.model,
-        "data": batches.name,
+        "data": f"{config.data.name}/{config.data.eval_split}",
         **results,
         "image_size": config.data.image_size,
         "crop_pct": config.eval.crop_pct,
         "crop_mode": config.eval.crop_mode,
         "dtype": config.model.dtype,
     }
-    logging.info(
+    logger.info(
         "%s on %s: top-1 %.3f%%, top-5 %.3f%%, loss %.4f over %d pictures",
         *(report[key] for key in ("weights", "data", "top1", "top5", "loss", "examples")),
     )

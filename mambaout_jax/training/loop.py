@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from absl import logging
 from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -30,6 +30,8 @@ from mambaout_jax.training.sharding import check_batch, global_batch, make_mesh,
 from mambaout_jax.training.state import TrainState, init_params, init_state
 from mambaout_jax.training.step import Recipe, compile_eval_step, compile_train_step
 from mambaout_jax.weights.store import WeightsInfo
+
+logger = logging.getLogger(__name__)
 
 # Roles of the root key, which is the seed's.
 INIT_KEY, TRAIN_KEY = 0, 1
@@ -112,21 +114,21 @@ def train(config: ConfigDict, workdir: Path) -> None:
     with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as saved:
         latest = saved.latest_step()
         if latest is not None and latest >= run.total_steps:
-            logging.info("finished already: %s", summary(run, workdir, saved.best_step()))
+            logger.info("finished already: %s", summary(run, workdir, saved.best_step()))
             return
         losses = Losses()
         if latest is None:
             state = jax.jit(run.initial_state, out_shardings=shardings)(init_key)
-            logging.info("%s", parameter_overview.get_parameter_overview(state.params))
+            logger.info("%s", parameter_overview.get_parameter_overview(state.params))
         else:
             target = checkpoint.abstract_state(abstract, shardings)
             state, data = checkpoint.restore(saved, latest, target)
             run.batches.restore(data["batches"])
             losses = Losses(**data["losses"])
-            logging.info("resumed at step %d of %d", latest, run.total_steps)
+            logger.info("resumed at step %d of %d", latest, run.total_steps)
         train_loop(run, state, shardings, train_key, losses, workdir, saved)
         saved.wait_until_finished()
-        logging.info("finished: %s", summary(run, workdir, saved.best_step()))
+        logger.info("finished: %s", summary(run, workdir, saved.best_step()))
 
 
 def train_loop(
