@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.ops import depthwise_xla
+from mambaout_jax.ops import depthwise_cpu, depthwise_xla
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": depthwise_xla}
-_BY_PLATFORM: dict[str, ModuleType] = {}
+_IMPLEMENTATIONS: dict[str, ModuleType] = {"xla": depthwise_xla, "shifted": depthwise_cpu}
+_BY_PLATFORM: dict[str, ModuleType] = {"cpu": depthwise_cpu}
 
 
 def implementations() -> list[str]:

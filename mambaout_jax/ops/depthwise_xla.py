@@ -1,9 +1,10 @@
 """Depthwise convolution as one `lax.conv_general_dilated`: the reference on every platform.
 
-All three functions take maps [N, H, W, C] of one dtype and answer in that dtype.
+All functions take maps and kernels of one dtype.
 """
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -27,7 +28,10 @@ def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
-    """Returns the gradient of the kernel, [k, k, 1, C] in x's dtype, for x and dy [N, H, W, C]."""
+    """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C].
+
+    XLA rounds it to x's dtype on the way.
+    """
     kernel = jax.ShapeDtypeStruct((kernel_size, kernel_size, 1, x.shape[-1]), x.dtype)
     (dkernel,) = jax.linear_transpose(lambda kernel: forward(x, kernel), kernel)(dy)
-    return dkernel
+    return dkernel.astype(jnp.float32)
