@@ -1,0 +1,366 @@
+"""MambaOut (Yu and Wang, "MambaOut: Do We Really Need Mamba for Vision?", CVPR 2025).
+
+The network, bottom-up: stem and downsampling, the Gated CNN block (the paper's Figure 3), stages,
+head, and the table of variants. Images and feature maps are NHWC. Parameters are float32; `dtype`
+is the type of the computation; norm statistics and logits are float32 whatever it is.
+
+The names that end in `_rw` are timm's later series: a stem without its first norm, norm before
+convolution in the downsampling, layer scale, and a head without its second norm.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mambaout_jax.errors import UserError
+
+# torch's trunc_normal_(std=0.02) cuts at +-2 in absolute value, here in units of the deviation.
+kernel_init = nn.initializers.truncated_normal(0.02, lower=-2 / 0.02, upper=2 / 0.02)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, by the error function: the tanh approximation is another network."""
+    return nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": gelu, "silu": nn.silu}
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over channels, epsilon 1e-6, statistics in float32."""
+
+    epsilon: float = 1e-6
+    # The two-pass variance: the fast one, E[x^2] - E[x]^2, loses digits that exactness needs.
+    use_fast_variance: bool = False
+
+
+class Conv3x3Stride2(nn.Conv):
+    """3x3 convolution of stride 2 that pads one pixel on each side, which "SAME" would not."""
+
+    kernel_size: int | Sequence[int] = (3, 3)
+    strides: int | Sequence[int] | None = (2, 2)
+    padding: Any = ((1, 1), (1, 1))
+    kernel_init: Any = kernel_init
+
+
+class Dense(nn.Dense):
+    """Dense layer with the reference's initialisation."""
+
+    kernel_init: Any = kernel_init
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution with bias, stride 1, that keeps height and width."""
+
+    kernel_size: int = 7
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, H, W, C] to [N, H, W, C]."""
+        channels = x.shape[-1]
+        shape = (self.kernel_size, self.kernel_size, 1, channels)
+        kernel = self.param("kernel", kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        pad = self.kernel_size // 2
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(1, 1),
+            padding=((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=channels,
+        )
+        return y + bias.astype(self.dtype).reshape(1, 1, 1, channels)
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2, the blocks' activation between them."""
+
+    width: int
+    act: str = "gelu"
+    first_norm: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, H, W, 3] to [N, ceil(H / 4), ceil(W / 4), width]."""
+        x = Conv3x3Stride2(self.width // 2, dtype=self.dtype, name="conv1")(x)
+        if self.first_norm:
+            x = LayerNorm(dtype=self.dtype, name="norm1")(x)
+        x = Conv3x3Stride2(self.width, dtype=self.dtype, name="conv2")(ACTIVATIONS[self.act](x))
+        return LayerNorm(dtype=self.dtype, name="norm2")(x)
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2, with a norm after it or, `norm_first`, before it."""
+
+    width: int
+    norm_first: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, H, W, C] to [N, ceil(H / 2), ceil(W / 2), width]."""
+        conv = Conv3x3Stride2(self.width, dtype=self.dtype, name="conv")
+        norm = LayerNorm(dtype=self.dtype, name="norm")
+        return conv(norm(x)) if self.norm_first else norm(conv(x))
+
+
+class GatedCNNBlock(nn.Module):
+    """Gated CNN block: Mamba's block without its state space model (the paper's Algorithm 1).
+
+    `layer_scale` is the initial value of the per-channel factor on the branch, None for none.
+    """
+
+    expansion_ratio: float = 8 / 3
+    conv_ratio: float = 1.0
+    act: str = "gelu"
+    layer_scale: float | None = None
+    drop_path_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """[N, H, W, C] to [N, H, W, C]."""
+        width = x.shape[-1]
+        hidden = int(self.expansion_ratio * width)
+        conv = int(self.conv_ratio * width)
+        y = LayerNorm(dtype=self.dtype, name="norm")(x)
+        y = Dense(2 * hidden, dtype=self.dtype, name="fc1")(y)
+        gate, identity, c = jnp.split(y, (hidden, 2 * hidden - conv), axis=-1)
+        c = DepthwiseConv(dtype=self.dtype, name="conv")(c)
+        y = ACTIVATIONS[self.act](gate) * jnp.concatenate((identity, c), axis=-1)
+        y = Dense(width, dtype=self.dtype, name="fc2")(y)
+        if self.layer_scale is not None:
+            init = nn.initializers.constant(self.layer_scale)
+            scale = self.param("layer_scale", init, (width,))
+            y *= scale.astype(self.dtype).reshape(1, 1, 1, width)
+        # Dropout of whole samples is drop path.
+        y = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2, 3))(y, deterministic=not train)
+        return x + y
+
+
+class Stage(nn.Module):
+    """Downsampling (None in the first stage, where the stem does it), then Gated CNN blocks."""
+
+    downsample: Downsample | None
+    blocks: Sequence[GatedCNNBlock]
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """[N, H, W, C] to [N, ceil(H / 2), ceil(W / 2), width]; the first stage keeps the size."""
+        if self.downsample is not None:
+            x = self.downsample(x)
+        for block in self.blocks:
+            x = block(x, train)
+        return x
+
+
+class Head(nn.Module):
+    """Global mean, norm, and an MLP of 4 times the width: GELU, whatever the blocks' activation.
+
+    `second_norm` follows the GELU.
+    """
+
+    num_classes: int
+    dropout_rate: float = 0.0
+    second_norm: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """[N, H, W, C] to float32 logits [N, num_classes]."""
+        x = x.astype(jnp.float32).mean(axis=(1, 2))
+        x = LayerNorm(dtype=self.dtype, name="norm1")(x)
+        x = gelu(Dense(4 * x.shape[-1], dtype=self.dtype, name="fc1")(x))
+        if self.second_norm:
+            x = LayerNorm(dtype=self.dtype, name="norm2")(x)
+        x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
+        return Dense(self.num_classes, dtype=jnp.float32, name="fc2")(x)
+
+
+class MambaOut(nn.Module):
+    """MambaOut. `num_classes` 0 leaves the head out: the answer is the last stage's map.
+
+    Raises:
+        UserError: when the images are not [N, H, W, 3] with H and W of at least 32 pixels.
+    """
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    num_classes: int = 1000
+    expansion_ratio: float = 8 / 3
+    conv_ratio: float = 1.0
+    act: str = "gelu"
+    rw: bool = False
+    drop_path_rate: float = 0.0
+    head_dropout_rate: float = 0.0
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Builds the parts; drop path rises linearly over all blocks of all stages."""
+        self.stem = Stem(self.widths[0], self.act, first_norm=not self.rw, dtype=self.dtype)
+        block_class = nn.remat(GatedCNNBlock, static_argnums=(2,)) if self.remat else GatedCNNBlock
+        last_block = max(sum(self.depths) - 1, 1)
+        stages = []
+        for index, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
+            first_block = sum(self.depths[:index])
+            blocks = [
+                block_class(
+                    expansion_ratio=self.expansion_ratio,
+                    conv_ratio=self.conv_ratio,
+                    act=self.act,
+                    layer_scale=1e-5 if self.rw else None,
+                    drop_path_rate=self.drop_path_rate * (first_block + j) / last_block,
+                    dtype=self.dtype,
+                )
+                for j in range(depth)
+            ]
+            downsample = Downsample(width, self.rw, self.dtype) if index else None
+            stages.append(Stage(downsample, blocks))
+        self.stages = stages
+        if self.num_classes:
+            self.head = Head(
+                self.num_classes, self.head_dropout_rate, second_norm=not self.rw, dtype=self.dtype
+            )
+
+    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        """Normalised images [N, H, W, 3] to the stages' four maps, strides 4, 8, 16 and 32."""
+        if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < 32:
+            raise UserError(
+                "expected images of shape [N, H, W, 3] with H and W of at least 32 pixels, "
+                f"got {images.shape}"
+            )
+        x = self.stem(images.astype(self.dtype))
+        maps = []
+        for stage in self.stages:
+            x = stage(x, train)
+            maps.append(x)
+        return maps
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Normalised images [N, H, W, 3] to float32 logits [N, num_classes].
+
+        With `train`, drop path and dropout draw from the rng collection "dropout".
+        """
+        x = self.features(images, train)[-1]
+        return self.head(x, train) if self.num_classes else x
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What makes a variant, and what was published of it.
+
+    `params` counts the parameters with 1000 classes; `top1_224` and `top1_288` are the published
+    accuracies in percent at those sizes, None where nothing is trained; `image_size` is in pixels;
+    `crop_pct` is the evaluation crop's part of the resized picture's short side at that size.
+    """
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    params: int
+    top1_224: float | None = None
+    top1_288: float | None = None
+    expansion_ratio: float = 8 / 3
+    conv_ratio: float = 1.0
+    act: str = "gelu"
+    rw: bool = False
+    image_size: int = 224
+    crop_pct: float = 1.0
+
+
+VARIANTS: dict[str, Variant] = {
+    "mambaout_femto": Variant((3, 3, 9, 3), (48, 96, 192, 288), 7_304_536, 78.880, 79.912),
+    "mambaout_kobe": Variant((3, 3, 15, 3), (48, 96, 192, 288), 9_141_208, 79.986, 81.064),
+    "mambaout_tiny": Variant((3, 3, 9, 3), (96, 192, 384, 576), 26_545_096, 82.742, 83.452),
+    "mambaout_small": Variant((3, 4, 27, 3), (96, 192, 384, 576), 48_488_072, 84.094, 84.512),
+    "mambaout_base": Variant((3, 4, 27, 3), (128, 256, 512, 768), 84_813_092, 84.194, 84.730),
+    "mambaout_small_rw": Variant(
+        (3, 4, 27, 3), (96, 192, 384, 576), 48_495_560, 84.040, 84.604, rw=True
+    ),
+    "mambaout_base_short_rw": Variant(
+        (3, 3, 25, 3), (128, 256, 512, 768), 88_827_688, 84.364, 84.842, 3.0, 1.25, rw=True,
+        crop_pct=0.95,
+    ),
+    "mambaout_base_tall_rw": Variant(
+        (3, 4, 30, 3), (128, 256, 512, 768), 86_481_448, 84.436, 84.988, 2.5, 1.25, rw=True,
+        crop_pct=0.95,
+    ),
+    "mambaout_base_wide_rw": Variant(
+        (3, 4, 27, 3), (128, 256, 512, 768), 94_448_104, 84.448, 84.966, 3.0, 1.5, "silu", rw=True,
+        crop_pct=0.95,
+    ),
+    "mambaout_base_plus_rw": Variant(
+        (3, 4, 30, 3), (128, 256, 512, 768), 101_656_552, 86.642, 86.916, 3.0, 1.5, "silu", rw=True
+    ),
+    "test_mambaout": Variant(
+        (1, 1, 3, 1), (16, 32, 48, 64), 447_560, None, None, 3.0, 1.0, "silu", rw=True,
+        image_size=160,
+    ),
+}  # fmt: skip
+
+
+def list_models() -> list[str]:
+    """Returns the names of all variants, the paper's five first."""
+    return list(VARIANTS)
+
+
+def find_variant(name: str) -> Variant:
+    """Returns the named variant.
+
+    Raises:
+        UserError: when there is none, with the nearest name and the known ones.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    near = difflib.get_close_matches(name, VARIANTS, 1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(f"unknown model {name!r}: {hint}known models are {', '.join(VARIANTS)}")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    drop_path_rate: float = 0.0,
+    head_dropout_rate: float = 0.0,
+    dtype: Any = jnp.float32,
+    **overrides: Any,
+) -> MambaOut:
+    """Returns the module of a variant, or of a variant changed by `overrides`.
+
+    Args:
+        name: a variant's name, see `list_models`.
+        num_classes: width of the logits; 1000 where it is None, no head where it is 0.
+        drop_path_rate: probability of dropping the last block's branch; rises linearly from 0.
+        head_dropout_rate: probability of dropping a hidden unit of the head.
+        dtype: type of the computation; parameters and logits stay float32.
+        **overrides: further fields of `MambaOut`, such as `remat=True` or `depths=(1, 1, 2, 1)`.
+
+    Raises:
+        UserError: when the name or an override is unknown.
+    """
+    variant = find_variant(name)
+    known = {field.name for field in dataclasses.fields(MambaOut)} - {"parent", "name"}
+    for key in overrides:
+        if key not in known:
+            raise UserError(f"unknown option {key!r} of {name}: known are {', '.join(known)}")
+    options: dict[str, Any] = {
+        "depths": variant.depths,
+        "widths": variant.widths,
+        "num_classes": 1000 if num_classes is None else num_classes,
+        "expansion_ratio": variant.expansion_ratio,
+        "conv_ratio": variant.conv_ratio,
+        "act": variant.act,
+        "rw": variant.rw,
+        "drop_path_rate": drop_path_rate,
+        "head_dropout_rate": head_dropout_rate,
+        "dtype": dtype,
+    }
+    return MambaOut(**{**options, **overrides})
