@@ -23,7 +23,7 @@ def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
     total = jnp.zeros(x.shape, jnp.float32)
     for i in range(rows):
         for j in range(columns):
-            total += padded[:, i : i + height, j : j + width] * taps[i, j, 0]
+            total += padded[:, i : i + height, j : j + width] * taps[i, j].reshape(1, 1, 1, -1)
     return total.astype(x.dtype)
 
 
