@@ -26,8 +26,8 @@ def normalize(
     Returns:
       float32 [N, H, W, 3].
     """
-    scale = jnp.asarray(std, jnp.float32) * 255
-    return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32) * 255) / scale
+    center, scale = (255 * jnp.asarray(x, jnp.float32).reshape(1, 1, 1, 3) for x in (mean, std))
+    return (images.astype(jnp.float32) - center) / scale
 
 
 def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
