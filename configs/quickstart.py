@@ -1,6 +1,6 @@
 """A small MambaOut on the handwritten digits that ship with the package: minutes on two CPU cores.
 
-    python main.py --config=configs/quickstart.py --workdir=runs/quickstart
+python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from configs import default
 from mambaout_jax.data.pipeline import EvalBatches, TrainBatches
 from mambaout_jax.errors import UserError
