@@ -47,6 +47,9 @@ def get_config() -> ConfigDict:
     config.augment.mixup_off = ""  # duration after which batches are not mixed any more; "": never
     config.augment.max_bad_fraction = 0.001  # of training pictures that may fail to decode
 
+    config.mesh = ConfigDict()
+    config.mesh.fsdp = 1  # devices that share one copy of the parameters; 1: a copy on each
+
     config.batch_size = 4096  # examples a step, over all devices of all processes
     config.accumulate_steps = 1  # parts that a batch is split into, one after the other
     config.label_smoothing = 0.1
