@@ -77,7 +77,7 @@ def verify(tensors: Mapping[str, np.ndarray], params: Mapping[str, Any], info: W
         UserError: when it is more than rounding explains.
     """
     difference, largest = largest_difference(tensors, params, info)
-    height, width = info.preprocessing.size
+    height, width = info.preprocessing.shape
     print(
         f"verified: on a {height}x{width} picture the logits differ from timm's by "
         f"{difference:.2e} at most; the largest is {largest:.2f}"

@@ -108,11 +108,9 @@ def from_torch(
     errors = mismatches(shapes, {name: tensor.shape for name, tensor in tensors.items()})
     if errors:
         title = name if isinstance(name, str) else "the model"
-        hint = _fitting(shapes, layout)
-        raise UserError(
-            f"the weights do not fit {title}: {'; '.join(errors)}"
-            + (f"; they fit {hint}" if hint else "")
-        )
+        fitting = _fitting(shapes, layout)
+        hint = f", they fit {fitting}" if fitting else ""
+        raise UserError(f"the weights do not fit {title}{hint}: {'; '.join(errors)}")
     params, errors = {}, []
     for name, tensor in sorted(tensors.items()):
         array = np.asarray(state_dict[name])

@@ -45,7 +45,7 @@ def largest_difference(
         theirs.load_state_dict(checkpoint_filter_fn(state_dict, theirs), strict=True)
     except RuntimeError as error:
         raise UserError(f"timm refuses the tensors: {str(error).splitlines()[0]}") from error
-    images = picture(info.preprocessing.size)
+    images = picture(info.preprocessing.shape)
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
     with jax.default_matmul_precision("highest"):
