@@ -10,6 +10,7 @@ extras = {
     "torch": ["torch>=2.6"],
     "verify": ["torch>=2.6", "timm>=1.0.14"],
     "wandb": ["wandb>=0.19"],
+    "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=3"],
     "test": ["pytest>=8.4", "hypothesis>=6.130", "scikit-learn>=1.6"],
     "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.2"],
 }
@@ -34,6 +35,7 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "ml_collections>=1.1",
         "clu>=0.0.12",
+        "etils[epath]>=1.12",
         "numpy>=2.0",
         "pillow>=11.3",
         "matplotlib>=3.9",

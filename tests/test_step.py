@@ -116,6 +116,20 @@ def test_adam_is_the_hand_formula(options, factor):
         np.testing.assert_allclose(updates, [-0.1 * corrected / scale], rtol=1e-5)
 
 
+def test_layer_decay_scales_the_rate_from_the_head_down():
+    params = golden.params(small_model())
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates = {}
+    for decay in (1.0, 0.5):
+        optimizer = optimizer_of(layer_decay=decay)
+        updates[decay], _ = optimizer.update(grads, optimizer.init(params), params)
+    factor = jax.tree.map(lambda a, b: float((a / b).mean()), updates[0.5], updates[1.0])
+    np.testing.assert_allclose(factor["head"]["fc2"]["kernel"], 1)
+    np.testing.assert_allclose(factor["stages_3"]["blocks_0"]["conv"]["kernel"], 0.5)
+    np.testing.assert_allclose(factor["stages_2"]["blocks_0"]["fc1"]["bias"], 0.5**3)
+    np.testing.assert_allclose(factor["stem"]["conv1"]["kernel"], 0.5**6)
+
+
 def test_clipping_bounds_the_global_norm():
     grads = {"a": jnp.full((3, 3), 10.0), "b": jnp.full((2,), -10.0)}
     seen = {}

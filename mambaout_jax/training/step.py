@@ -159,7 +159,8 @@ def eval_step(
     std: tuple[float, float, float],
 ) -> EvalMetrics:
     """Returns the sums of one batch: "image" uint8 [N, H, W, 3], "label" [N], "mask" bool [N]."""
-    logits = model.apply({"params": params}, normalize(batch["image"], mean, std))
+    images = normalize(batch["image"], mean, std)
+    logits = jnp.asarray(model.apply({"params": params}, images))
     _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
     hits = best == batch["label"][:, None]
     return EvalMetrics.single_from_model_output(
