@@ -22,7 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mambaout_jax", "mambaout_jax.*"]),
-    include_package_data=True,
+    package_data={"mambaout_jax.data.digits": ["1.0.0/*"]},
     install_requires=[
         "jax>=0.7.2",
         "flax>=0.12",

@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
     config.model.remat = False  # recompute each block in the backward pass, to save memory
 
+    config.model.depthwise = "auto"  # implementation of the depthwise convolutions; "xla": plain
+
     config.data = ConfigDict()
     config.data.source = "tfds"  # "tfds" (prepared as ArrayRecord) or "folder" (dir/split/class/x)
     config.data.name = "imagenet2012"  # TFDS name; "digits" ships with the package
@@ -30,6 +32,7 @@ def get_config() -> ConfigDict:
     config.data.image_size = 224  # pixels, of training and of evaluation
     config.data.workers = 0  # processes a host that decode and augment; 0: threads of this one
     config.data.threads = 16  # threads a process that read and decode
+    config.data.decoder = "pillow"  # of training JPEGs: "pillow", or "simplejpeg", which is faster
 
     config.augment = ConfigDict()
     config.augment.crop_scale = (0.08, 1.0)  # area of the random crop, as a part of the picture
@@ -46,6 +49,9 @@ def get_config() -> ConfigDict:
     config.augment.mixup_switch_prob = 0.5  # probability of CutMix where both are on
     config.augment.mixup_off = ""  # duration after which batches are not mixed any more; "": never
     config.augment.max_bad_fraction = 0.001  # of training pictures that may fail to decode
+
+    config.mesh = ConfigDict()
+    config.mesh.fsdp = 1  # devices that share one copy of the parameters; 1: a copy on each
 
     config.batch_size = 4096  # examples a step, over all devices of all processes
     config.accumulate_steps = 1  # parts that a batch is split into, one after the other

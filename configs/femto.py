@@ -1,0 +1,18 @@
+"""MambaOut-Femto on ImageNet-1k, the paper's recipe.
+
+    python main.py --config=configs/femto.py --workdir=DIR --config.data.dir=DIR_OF_TFDS_DATA
+
+Published with this recipe (PyTorch): 78.88% top-1 at 224 pixels. Not yet run to the end here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration."""
+    config = default.get_config()
+    config.model.name = "mambaout_femto"
+    config.model.drop_path_rate = 0.025
+    return config

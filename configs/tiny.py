@@ -1,0 +1,18 @@
+"""MambaOut-Tiny on ImageNet-1k, the paper's recipe.
+
+    python main.py --config=configs/tiny.py --workdir=DIR --config.data.dir=DIR_OF_TFDS_DATA
+
+Published with this recipe (PyTorch): 82.74% top-1 at 224 pixels. Not yet run to the end here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """Returns the configuration."""
+    config = default.get_config()
+    config.model.name = "mambaout_tiny"
+    config.model.drop_path_rate = 0.2
+    return config

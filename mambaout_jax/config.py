@@ -1,0 +1,183 @@
+"""Configurations: reading them, checking them, durations, and the run that a workdir holds."""
+
+import difflib
+import itertools
+import json
+import re
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mambaout_jax.errors import UserError
+
+# What a resumed run may change: where and how fast it runs, not what it computes.
+FREE_KEYS = ("data.dir", "data.workers", "data.threads", "eval.batch_size", "checkpoint", "log")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("float32", "bfloat16"),
+    "data.source": ("tfds", "folder"),
+    "augment.interpolation": ("random", "bilinear", "bicubic"),
+    "schedule.per": ("epoch", "step"),
+    "eval.crop_mode": ("center", "squash"),
+}
+DURATIONS = (
+    "augment.mixup_off",
+    "schedule.duration",
+    "schedule.warmup",
+    "schedule.cooldown",
+    "eval.every",
+    "checkpoint.every",
+    "log.every",
+)
+OPTIONAL_DURATIONS = ("augment.mixup_off", "schedule.warmup", "schedule.cooldown")
+POSITIVE = ("batch_size", "accumulate_steps", "eval.batch_size", "checkpoint.keep")
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Returns the configuration as one dict of dotted keys, its values as JSON keeps them."""
+
+    def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+        flat = {}
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                flat |= walk(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+        return flat
+
+    return walk(json.loads(config.to_json()), "")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Returns a hint at the known name that is nearest to `name`, or nothing."""
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def load_config(path: str | Path) -> ConfigDict:
+    """Returns the configuration that a file's `get_config` makes.
+
+    Raises:
+        UserError: when the file is not there or is no configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
+        hint = nearest(str(path), known)
+        raise UserError(f"no configuration file {path}{hint} (known: {', '.join(known) or 'none'})")
+    try:
+        return runpy.run_path(str(path))["get_config"]()
+    except KeyError:
+        raise UserError(f"{path} is no configuration: it defines no get_config()") from None
+    except SyntaxError as error:
+        raise UserError(f"{path} is no configuration: line {error.lineno}, {error.msg}") from None
+
+
+def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
+    """Checks the configuration file and the keys that a command line names.
+
+    Raises:
+        UserError: when the file is not there or not a configuration, or a key is unknown.
+    """
+    paths = [arg.split("=", 1)[1] for arg in argv if re.match(rf"--?{flag}=", arg)]
+    paths += [b for a, b in itertools.pairwise(argv) if re.fullmatch(rf"--?{flag}", a)]
+    if not paths:
+        raise UserError(f"no configuration: expected --{flag}=FILE, such as configs/quickstart.py")
+    keys = flatten(load_config(paths[-1]))
+    for arg in argv:
+        match = re.match(rf"--?{flag}\.([^=]+)", arg)
+        if match and match[1] not in keys:
+            key = match[1]
+            sections = {known.rsplit(".", 1)[0] for known in keys if "." in known}
+            if key in sections:
+                raise UserError(
+                    f"{key!r} is a section: set one of its keys, such as --{flag}.{key}.…"
+                )
+            last = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+            hint = f"; did you mean {last[0]!r}?" if last else nearest(key, list(keys))
+            raise UserError(f"unknown configuration key {key!r}{hint}")
+
+
+def duration_steps(duration: str, *, steps_per_epoch: int, batch_size: int) -> int:
+    """Turns "300 epochs", "20 steps" or "1_000_000 examples" into steps; "" is 0 steps.
+
+    Epochs may be fractions. A part of a step counts as a whole one.
+
+    Raises:
+        UserError: when the text is no duration.
+    """
+    if not duration:
+        return 0
+    match = re.fullmatch(r"([\d_]+(?:\.\d+)?) *(step|example|epoch)s?", duration)
+    if not match:
+        raise UserError(
+            f"{duration!r} is no duration: expected a number and a unit, "
+            'such as "300 epochs", "20 steps" or "1_000_000 examples"'
+        )
+    number, unit = float(match[1]), match[2]
+    steps = number * {"step": 1, "epoch": steps_per_epoch, "example": 1 / batch_size}[unit]
+    return -int(-steps // 1)
+
+
+def check(config: ConfigDict) -> None:
+    """Checks every value that can be checked without the data and the devices.
+
+    Raises:
+        UserError: names the key, its value and what was expected.
+    """
+    flat = flatten(config)
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            raise UserError(
+                f"config.{key} is {flat[key]!r}{nearest(str(flat[key]), choices)}"
+                f" (expected one of {', '.join(choices)})"
+            )
+    for key in DURATIONS:
+        try:
+            steps = duration_steps(flat[key], steps_per_epoch=1, batch_size=1)
+        except UserError as error:
+            raise UserError(f"config.{key}: {error}") from None
+        if not steps and key not in OPTIONAL_DURATIONS:
+            raise UserError(f"config.{key} is {flat[key]!r}: expected a duration above zero")
+    for key in POSITIVE:
+        if flat[key] < 1:
+            raise UserError(f"config.{key} is {flat[key]}: expected at least 1")
+    if config.batch_size % config.accumulate_steps:
+        raise UserError(
+            f"config.batch_size {config.batch_size} does not divide into "
+            f"config.accumulate_steps {config.accumulate_steps} equal parts"
+        )
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Writes the configuration into the workdir, or checks that it holds the same run.
+
+    Raises:
+        UserError: when the workdir holds a run of another configuration, or cannot be written.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        theirs, ours = json.loads(path.read_text()), flatten(config)
+        differing = [
+            f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key) and not key.startswith(FREE_KEYS)
+        ]
+        if differing:
+            raise UserError(
+                f"{workdir} holds a run of another configuration ({'; '.join(differing)}): "
+                "choose another --workdir, or the configuration that it was started with"
+            )
+        return
+    if workdir.is_dir() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} holds other files and no run: choose an empty --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(flatten(config), indent=2) + "\n")
+        part.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}") from None

@@ -1,0 +1,143 @@
+"""The operations of RandAugment and 3-Augment on RGB Pillow pictures, equal to timm's pixels.
+
+An operation of `OPERATIONS` is called as operation(image, level, sign, filter): the level in
+[0, 10] sets the strength, the sign (1 or -1) the direction, where it has one.
+"""
+
+from collections.abc import Callable
+
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+FILL = (124, 116, 104)  # the ImageNet mean, where a moved picture leaves nothing
+
+Operation = Callable[[Image.Image, float, int, Image.Resampling], Image.Image]
+
+
+def _affine(
+    image: Image.Image, coefficients: tuple[float, ...], filter_: Image.Resampling
+) -> Image.Image:
+    return image.transform(
+        image.size, Image.Transform.AFFINE, coefficients, resample=filter_, fillcolor=FILL
+    )
+
+
+def shear_x(image: Image.Image, factor: float, filter_: Image.Resampling) -> Image.Image:
+    """Moves each row left by `factor` pixels a row."""
+    return _affine(image, (1, factor, 0, 0, 1, 0), filter_)
+
+
+def shear_y(image: Image.Image, factor: float, filter_: Image.Resampling) -> Image.Image:
+    """Moves each column up by `factor` pixels a column."""
+    return _affine(image, (1, 0, 0, factor, 1, 0), filter_)
+
+
+def translate_x(image: Image.Image, part: float, filter_: Image.Resampling) -> Image.Image:
+    """Moves the picture left by a part of its width."""
+    return _affine(image, (1, 0, part * image.width, 0, 1, 0), filter_)
+
+
+def translate_y(image: Image.Image, part: float, filter_: Image.Resampling) -> Image.Image:
+    """Moves the picture up by a part of its height."""
+    return _affine(image, (1, 0, 0, 0, 1, part * image.height), filter_)
+
+
+def rotate(image: Image.Image, degrees: float, filter_: Image.Resampling) -> Image.Image:
+    """Turns the picture about its middle, counter-clockwise."""
+    return image.rotate(degrees, resample=filter_, fillcolor=FILL)
+
+
+def _lookup(image: Image.Image, table: list[int]) -> Image.Image:
+    return image.point(table * 3)
+
+
+def posterize(image: Image.Image, bits: int) -> Image.Image:
+    """Keeps the highest bits of each value; zero bits leave black."""
+    mask = 256 - (1 << (8 - bits))
+    return _lookup(image, [value & mask for value in range(256)])
+
+
+def solarize(image: Image.Image, threshold: int) -> Image.Image:
+    """Inverts the values from a threshold on."""
+    return _lookup(image, [v if v < threshold else 255 - v for v in range(256)])
+
+
+def solarize_add(image: Image.Image, added: int) -> Image.Image:
+    """Adds to the values below 128."""
+    return _lookup(image, [min(255, v + added) if v < 128 else v for v in range(256)])
+
+
+def invert(image: Image.Image) -> Image.Image:
+    """Inverts each value."""
+    return _lookup(image, [255 - value for value in range(256)])
+
+
+def color(image: Image.Image, factor: float) -> Image.Image:
+    """Blends with the greyscale picture; 0 is grey, 1 no change."""
+    return ImageEnhance.Color(image).enhance(factor)
+
+
+def contrast(image: Image.Image, factor: float) -> Image.Image:
+    """Blends with the mean grey; 0 is the mean, 1 no change."""
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Blends with black; 0 is black, 1 no change."""
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def sharpness(image: Image.Image, factor: float) -> Image.Image:
+    """Blends with a smoothed picture; 0 is smooth, 1 no change."""
+    return ImageEnhance.Sharpness(image).enhance(factor)
+
+
+def gaussian_blur(image: Image.Image, radius: float) -> Image.Image:
+    """Blurs with Pillow's approximation of a Gaussian of that standard deviation, in pixels."""
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def _plain_factor(level: float) -> float:
+    return level / 10 * 1.8 + 0.1
+
+
+def _increasing_factor(level: float, sign: int) -> float:
+    return max(0.1, 1.0 + sign * (level / 10 * 0.9))
+
+
+def _bits(level: float) -> int:
+    return int(level / 10 * 4)
+
+
+def _threshold(level: float) -> int:
+    return min(256, int(level / 10 * 256))
+
+
+def _unit(level: float) -> float:
+    return min(level / 10, 1.0)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": lambda image, level, sign, filter_: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level, sign, filter_: ImageOps.equalize(image),
+    "Invert": lambda image, level, sign, filter_: invert(image),
+    "Rotate": lambda image, level, sign, filter_: rotate(image, sign * level / 10 * 30, filter_),
+    "Posterize": lambda image, level, sign, filter_: posterize(image, _bits(level)),
+    "PosterizeIncreasing": lambda i, level, s, f: posterize(i, max(4 - _bits(level), 0)),
+    "Solarize": lambda i, level, s, f: solarize(i, _threshold(level)),
+    "SolarizeIncreasing": lambda i, level, s, f: solarize(i, 256 - _threshold(level)),
+    "SolarizeAdd": lambda i, level, s, f: solarize_add(i, min(128, int(level / 10 * 110))),
+    "Color": lambda i, level, s, f: color(i, _plain_factor(level)),
+    "ColorIncreasing": lambda i, level, s, f: color(i, _increasing_factor(level, s)),
+    "Contrast": lambda i, level, s, f: contrast(i, _plain_factor(level)),
+    "ContrastIncreasing": lambda i, level, s, f: contrast(i, _increasing_factor(level, s)),
+    "Brightness": lambda i, level, s, f: brightness(i, _plain_factor(level)),
+    "BrightnessIncreasing": lambda i, level, s, f: brightness(i, _increasing_factor(level, s)),
+    "Sharpness": lambda i, level, s, f: sharpness(i, _plain_factor(level)),
+    "SharpnessIncreasing": lambda i, level, s, f: sharpness(i, _increasing_factor(level, s)),
+    "ShearX": lambda i, level, s, f: shear_x(i, s * (level / 10 * 0.3), f),
+    "ShearY": lambda i, level, s, f: shear_y(i, s * (level / 10 * 0.3), f),
+    "TranslateXRel": lambda i, level, s, f: translate_x(i, s * (level / 10 * 0.45), f),
+    "TranslateYRel": lambda i, level, s, f: translate_y(i, s * (level / 10 * 0.45), f),
+    "Desaturate": lambda i, level, s, f: color(i, 1 - (0.5 + 0.5 * _unit(level))),
+    "GaussianBlur": lambda i, level, s, f: gaussian_blur(i, 0.1 + 1.9 * _unit(level)),
+}

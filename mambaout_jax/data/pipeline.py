@@ -1,0 +1,370 @@
+"""Batches for training and for evaluation, on Grain.
+
+The order of training is a function of (seed, epoch, index) alone: position k of the endless
+stream of pictures is the same picture with the same augmentation whatever the number of threads,
+worker processes and hosts. A training iterator's state is therefore one number, its step.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from mambaout_jax.data import augment, preprocess, sources
+from mambaout_jax.data.decoding import BadImageError
+from mambaout_jax.errors import UserError
+
+_CHUNK = 16  # pictures that a thread makes at a time, and that travel between processes at once
+_BATCHES_AHEAD = 2
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    """Which picture stands where in the endless stream.
+
+    An epoch is a fresh shuffle in which each picture stands `repeats` times in a row, cut down to
+    whole batches.
+    """
+
+    num_examples: int
+    repeats: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_examples * self.repeats // self.batch_size
+
+    def indices(self) -> grain.MapDataset:
+        """Returns picture numbers, shuffled anew in each epoch of `num_examples` of them."""
+        return grain.MapDataset.range(self.num_examples).seed(self.seed).shuffle().repeat()
+
+    def shuffled_position(self, position: int) -> int:
+        """Returns where in `indices` a position of the stream finds its picture."""
+        epoch, offset = divmod(position, self.steps_per_epoch * self.batch_size)
+        return epoch * self.num_examples + offset // self.repeats
+
+
+class _MakeTrainingPicture:
+    """Called with a position of the stream and its generator, makes the picture that stands there.
+
+    A picture that cannot be decoded is replaced by the data set's next one.
+    """
+
+    def __init__(
+        self, source: sources.Source, order: _Order, transform: augment.TrainTransform, max_bad: int
+    ):
+        self._source = source
+        self._order = order
+        self._indices = order.indices()
+        self._transform = transform
+        self._max_bad = max_bad
+
+    def __call__(self, position: int, rng: np.random.Generator) -> dict:
+        index = self._indices[self._order.shuffled_position(position)]
+        damages: list[tuple[str, str]] = []
+        while True:
+            record = self._source[index]
+            try:
+                image = self._transform(record["image"], rng, record["name"])
+            except BadImageError as error:
+                damages.append((record["name"], str(error)))
+                if len(damages) > self._max_bad:
+                    raise UserError(_too_many(damages, self._max_bad)) from error
+                index = (index + 1) % len(self._source)
+            else:
+                return {"image": image, "label": record["label"], "damages": damages}
+
+
+class _MakeChunk:
+    """Called with a chunk's number, stacks the pictures of that chunk of this process's batches."""
+
+    def __init__(self, pictures: grain.MapDataset, global_batch: int, local_batch: int, first: int):
+        self._pictures = pictures
+        self._global_batch = global_batch
+        self._local_batch = local_batch
+        self._first = first  # this process's first place in a global batch
+        self.per_batch = -(-local_batch // _CHUNK)
+
+    def __call__(self, chunk: int) -> dict:
+        step, part = divmod(chunk, self.per_batch)
+        start = step * self._global_batch + self._first + part * _CHUNK
+        length = min(_CHUNK, self._local_batch - part * _CHUNK)
+        rows = [self._pictures[start + row] for row in range(length)]
+        return {
+            "image": np.stack([row["image"] for row in rows]),
+            "label": np.array([row["label"] for row in rows], np.int32),
+            "replaced": np.array([bool(row["damages"]) for row in rows]),
+            "damages": [damage for row in rows for damage in row["damages"]],
+        }
+
+
+def _join_chunks(chunks: list[dict]) -> dict:
+    """Concatenates chunks to a batch."""
+    arrays = {
+        key: np.concatenate([chunk[key] for chunk in chunks])
+        for key in chunks[0]
+        if key != "damages"
+    }
+    return arrays | {"damages": [damage for chunk in chunks for damage in chunk["damages"]]}
+
+
+class TrainBatches(Iterator[Batch]):
+    """Endless training batches of one process.
+
+    Each is {"image": uint8 [b, H, W, 3], "label": int32 [b], "replaced": bool [b]}, b being the
+    process's share of `config.batch_size`: process p has the rows p*b to (p+1)*b of the global
+    batch. "replaced" marks pictures that stand in for an undecodable one.
+
+    Attributes:
+      steps_per_epoch: whole batches in the data set, each picture taken `augment.repeats` times.
+      num_examples: pictures in the split.
+      num_classes: classes in the split.
+      class_names: their names, in the order of the labels.
+      bad_pictures: names of the undecodable pictures met so far by this process.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        start_step: int = 0,
+    ):
+        """Opens the data set; no picture is read before the first batch is asked for.
+
+        Args:
+          config: the whole configuration.
+          process_index: this process's number.
+          process_count: the number of processes that share each global batch.
+          start_step: batches to leave out at the beginning.
+
+        Raises:
+          UserError: the data set or an option is not as it must be.
+        """
+        source = sources.open_source(config.data, config.data.train_split)
+        self.num_examples = len(source)
+        self.num_classes = source.num_classes
+        self.class_names = source.class_names
+        self.bad_pictures: set[str] = set()
+        self._max_bad = int(config.augment.max_bad_fraction * self.num_examples)
+        self._workers = _worker_options(config.data)
+        local_batch = _share(config.batch_size, process_count, "batch_size")
+        order = _Order(self.num_examples, config.augment.repeats, config.batch_size, config.seed)
+        if config.augment.repeats < 1:
+            raise UserError(f"augment.repeats is {config.augment.repeats}; it is 1 or more.")
+        if not 0 <= config.seed < 2**32:
+            raise UserError(f"seed is {config.seed}; it lies between 0 and 2**32 - 1.")
+        self.steps_per_epoch = order.steps_per_epoch
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"batch_size is {config.batch_size}, but {source.name} has only "
+                f"{self.num_examples} pictures; a batch must fit into an epoch."
+            )
+        self._fingerprint = {
+            "data": source.name,
+            "num_examples": self.num_examples,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "repeats": config.augment.repeats,
+        }
+        transform = augment.TrainTransform(config)
+        make_picture = _MakeTrainingPicture(source, order, transform, self._max_bad)
+        pictures = grain.MapDataset.range(sys.maxsize).seed(config.seed).random_map(make_picture)
+        self._make_chunk = _MakeChunk(
+            pictures, config.batch_size, local_batch, process_index * local_batch
+        )
+        self._step = start_step
+        self._iterator: Iterator[dict] | None = None
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            first = self._step * self._make_chunk.per_batch
+            chunks = grain.MapDataset.range(first, sys.maxsize).map(self._make_chunk)
+            self._iterator = iter(_batches(chunks, self._make_chunk.per_batch, self._workers))
+        batch = next(self._iterator)
+        self._note_damages(batch.pop("damages"))
+        self._step += 1
+        return batch
+
+    def state(self) -> dict:
+        """Returns what `restore` needs to go on after the last batch handed out; fit for JSON."""
+        return {"step": self._step} | self._fingerprint
+
+    def restore(self, state: dict) -> None:
+        """Goes to where a `state` was taken, whatever the number of workers or processes then.
+
+        Raises:
+          UserError: the state belongs to another order of pictures.
+        """
+        for key, value in self._fingerprint.items():
+            if state.get(key) != value:
+                raise UserError(
+                    f"The checkpoint's data has {key} = {state.get(key)!r}, this run {value!r}; "
+                    f"resume with the same, or start in a new workdir."
+                )
+        self.close()
+        self._step = state["step"]
+
+    def close(self) -> None:
+        """Ends the workers; the next batch asked for starts new ones."""
+        if self._iterator is not None:
+            self._iterator.close()  # type: ignore[attr-defined]
+            self._iterator = None
+
+    def _note_damages(self, damages: list[tuple[str, str]]) -> None:
+        for name, message in damages:
+            if name not in self.bad_pictures:
+                self.bad_pictures.add(name)
+                logging.warning("%s The next picture takes its place.", message)
+        if len(self.bad_pictures) > self._max_bad:
+            raise UserError(_too_many([(name, "") for name in self.bad_pictures], self._max_bad))
+
+
+class _MakeEvaluationChunk:
+    """Called with a chunk's number, makes its pictures; places after the last one are padding."""
+
+    def __init__(
+        self,
+        source: sources.Source,
+        preprocessing: preprocess.Preprocessing,
+        local_batch: int,
+        process_index: int,
+        process_count: int,
+    ):
+        self._source = source
+        self._preprocessing = preprocessing
+        self._local_batch = local_batch
+        self._process_index = process_index
+        self._process_count = process_count
+        self.per_batch = -(-local_batch // _CHUNK)
+
+    def __call__(self, chunk: int) -> dict:
+        step, part = divmod(chunk, self.per_batch)
+        start = (step * self._process_count + self._process_index) * self._local_batch
+        start += part * _CHUNK
+        length = min(_CHUNK, self._local_batch - part * _CHUNK)
+        image = np.zeros((length, *self._preprocessing.shape, 3), np.uint8)
+        label = np.zeros(length, np.int32)
+        mask = np.arange(start, start + length) < len(self._source)
+        for row in np.flatnonzero(mask):
+            record = self._source[int(start + row)]
+            image[row] = preprocess.preprocess_image(
+                record["image"], self._preprocessing, record["name"]
+            )
+            label[row] = record["label"]
+        return {"image": image, "label": label, "mask": mask, "damages": []}
+
+
+class EvalBatches:
+    """The held-out pictures, each exactly once over all processes; may be iterated again.
+
+    Each batch is {"image": uint8 [b, H, W, 3], "label": int32 [b], "mask": bool [b]}; False in
+    the mask marks padding. Every process has the same number of batches of the same shape.
+
+    Attributes:
+      num_examples: pictures in the split.
+      num_classes: classes in the split.
+      class_names: their names, in the order of the labels.
+    """
+
+    def __init__(self, config: ConfigDict, *, process_index: int = 0, process_count: int = 1):
+        """Opens the data set.
+
+        Args:
+          config: the whole configuration.
+          process_index: this process's number.
+          process_count: the number of processes that share each global batch.
+
+        Raises:
+          UserError: the data set or an option is not as it must be; while iterating, a picture
+            cannot be decoded.
+        """
+        source = sources.open_source(config.data, config.data.eval_split)
+        self.num_examples = len(source)
+        self.num_classes = source.num_classes
+        self.class_names = source.class_names
+        self._length = -(-self.num_examples // config.eval.batch_size)
+        self._workers = _worker_options(config.data)
+        self._make_chunk = _MakeEvaluationChunk(
+            source,
+            preprocess.Preprocessing(
+                size=config.data.image_size,
+                crop_pct=config.eval.crop_pct,
+                crop_mode=config.eval.crop_mode,
+            ),
+            _share(config.eval.batch_size, process_count, "eval.batch_size"),
+            process_index,
+            process_count,
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        per_batch = self._make_chunk.per_batch
+        chunks = grain.MapDataset.range(self._length * per_batch).map(self._make_chunk)
+        iterator = iter(_batches(chunks, per_batch, self._workers))
+        try:
+            for batch in iterator:
+                del batch["damages"]
+                yield batch
+        finally:
+            iterator.close()
+
+
+def _batches(
+    chunks: grain.MapDataset, per_batch: int, workers: tuple[int, int]
+) -> grain.IterDataset:
+    """Makes chunks ahead of time in threads or worker processes, and joins them to batches."""
+    num_workers, num_threads = workers
+    ahead = _BATCHES_AHEAD * per_batch
+    if num_workers:
+        ahead = -(-ahead // num_workers)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(ahead, 1))
+    dataset = chunks.to_iter_dataset(options)
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own before it starts workers
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
+            worker_init_fn=_keep_off_accelerators,
+        )
+    dataset = dataset.batch(per_batch, batch_fn=_join_chunks)
+    return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
+
+
+def _keep_off_accelerators(worker_index: int, worker_count: int) -> None:
+    del worker_index, worker_count
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _worker_options(data: ConfigDict) -> tuple[int, int]:
+    if data.workers < 0 or data.threads < 1:
+        raise UserError(
+            f"data.workers is {data.workers} and data.threads {data.threads}; "
+            f"they are at least 0 and 1."
+        )
+    return data.workers, data.threads
+
+
+def _share(batch_size: int, process_count: int, key: str) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"{key} is {batch_size}; it must divide over {process_count} processes.")
+    return batch_size // process_count
+
+
+def _too_many(damages: list[tuple[str, str]], allowed: int) -> str:
+    names = ", ".join(sorted(name for name, _ in damages)[:5])
+    return (
+        f"More than {allowed} training pictures cannot be decoded ({names}); mend the data, or "
+        f"raise augment.max_bad_fraction."
+    )

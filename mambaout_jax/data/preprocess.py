@@ -1,0 +1,104 @@
+"""Evaluation pixels: what the reference makes of a picture before it is normalised.
+
+This file loads neither Pillow nor the data stack until a picture is to be decoded.
+"""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mambaout_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of R, G and B in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes a network's input.
+
+    Attributes:
+      size: side of a square input in pixels, or (height, width).
+      crop_pct: the crop's part of the resized picture.
+      crop_mode: "center" keeps the aspect and cuts what is too long; "squash" loses the aspect.
+      interpolation: Pillow's filter, in lower case; antialiased.
+      mean: subtracted from R, G and B in [0, 1].
+      std: divides what the subtraction leaves.
+    """
+
+    size: int | tuple[int, int] = 224
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            raise UserError(f"The size is {self.size}; it is one or two positive numbers.")
+        if not self.crop_pct > 0:
+            raise UserError(f"crop_pct is {self.crop_pct}; it is a positive fraction such as 0.95.")
+        if self.crop_mode not in ("center", "squash"):
+            raise UserError(f"crop_mode is {self.crop_mode!r}; it is 'center' or 'squash'.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of the input in pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+
+def preprocess_image(
+    file_bytes: bytes, preprocessing: Preprocessing, name: str = "the picture"
+) -> np.ndarray:
+    """Decodes and crops a picture exactly as the reference's evaluation does.
+
+    Source: timm's evaluation transform on Pillow: `convert("RGB")`, EXIF orientation left alone,
+    resize with antialias, centre crop.
+
+    Args:
+      file_bytes: an encoded file of any format that Pillow reads.
+      preprocessing: what the network expects.
+      name: what a message calls the file.
+
+    Returns:
+      uint8 [H, W, 3].
+
+    Raises:
+      mambaout_jax.data.decoding.BadImageError: the bytes are no picture, or a damaged one.
+      UserError: the interpolation is unknown.
+    """
+    from mambaout_jax.data import decoding
+
+    image = decoding.decode(file_bytes, name)
+    filter_ = decoding.resampling(preprocessing.interpolation)
+    height, width = _resized_size(image.size, preprocessing)
+    image = image.resize((width, height), filter_)
+    return np.asarray(_center_crop(image, preprocessing.shape))
+
+
+def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Returns the (height, width) that a picture of Pillow size (width, height) is resized to."""
+    target_h, target_w = (math.floor(x / preprocessing.crop_pct) for x in preprocessing.shape)
+    width, height = size
+    if preprocessing.crop_mode == "squash":
+        return target_h, target_w
+    if target_h == target_w:  # the short side becomes the target, the long one is cut down to int
+        if width <= height:
+            return int(target_w * height / width), target_w
+        return target_h, int(target_h * width / height)
+    ratio = min(height / target_h, width / target_w)
+    return round(height / ratio), round(width / ratio)
+
+
+def _center_crop(image: "Image.Image", size: tuple[int, int]) -> "Image.Image":
+    """Cuts (height, width) out of the middle; a side that is too short is padded with black."""
+    height, width = size
+    pad_w, pad_h = max(width - image.width, 0), max(height - image.height, 0)
+    left = round((image.width + pad_w - width) / 2) - pad_w // 2
+    top = round((image.height + pad_h - height) / 2) - pad_h // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,112 @@
+"""Evaluation: every picture of a split once, whatever the batch, the devices and the processes."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mambaout_jax import config as configuration
+from mambaout_jax.data.pipeline import EvalBatches
+from mambaout_jax.errors import UserError
+from mambaout_jax.training.build import build_preprocessing, build_recipe
+from mambaout_jax.training.sharding import check_batch, global_batch, make_mesh, state_shardings
+from mambaout_jax.training.step import EvalMetrics, compile_eval_step
+from mambaout_jax.weights.store import load_weights
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    eval_step: Callable[..., EvalMetrics],
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+) -> dict[str, float]:
+    """Returns "loss", "top1" and "top5" (in percent) and "examples" of a whole split.
+
+    Args:
+        eval_step: compiled over `mesh`.
+        params: parameters on the mesh.
+        batches: this process's part of each batch, padding masked.
+        mesh: of the devices.
+    """
+    total = EvalMetrics.empty()
+    for batch in batches:
+        total = total.merge(eval_step(params, global_batch(batch, mesh)))
+    means = total.compute()
+    return {
+        "loss": float(means["loss"]),
+        "top1": 100 * float(means["top1"]),
+        "top5": 100 * float(means["top5"]),
+        "examples": int(total.loss.count),
+    }
+
+
+def evaluate_weights(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Evaluates `config.init_from`, or the best checkpoint of the workdir, on the held-out split.
+
+    The result is logged and written to WORKDIR/eval.json.
+
+    Raises:
+        UserError: when the weights do not fit the configuration, or something of it is amiss.
+    """
+    configuration.check(config)
+    mesh = make_mesh(config.mesh.fsdp)
+    check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
+    batches = EvalBatches(
+        config, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    params, info = load_weights(config.init_from or workdir)
+    for key, ours, theirs in (
+        ("model.name", config.model.name, info.model),
+        ("data.num_classes", config.data.num_classes, info.num_classes),
+    ):
+        if ours != theirs:
+            raise UserError(f"config.{key} is {ours!r}, but the weights have {theirs!r}")
+    preprocessing = build_preprocessing(config)
+    if preprocessing != info.preprocessing:
+        logger.warning("evaluating with %s; the weights' is %s", preprocessing, info.preprocessing)
+    shardings = state_shardings(params, mesh)
+    model = info.create_model(dtype=jnp.dtype(config.model.dtype))
+    eval_step = compile_eval_step(model, build_recipe(config, 1), shardings, mesh)
+    results = evaluate(eval_step, jax.device_put(params, shardings), batches, mesh)
+    report = {
+        "weights": str(config.init_from or workdir),
+        "model": info.model,
+        "data": f"{config.data.name}/{config.data.eval_split}",
+        **results,
+        "image_size": config.data.image_size,
+        "crop_pct": config.eval.crop_pct,
+        "crop_mode": config.eval.crop_mode,
+        "dtype": config.model.dtype,
+    }
+    logger.info(
+        "%s on %s: top-1 %.3f%%, top-5 %.3f%%, loss %.4f over %d pictures",
+        *(report[key] for key in ("weights", "data", "top1", "top5", "loss", "examples")),
+    )
+    if jax.process_index() == 0:
+        write_json(workdir / "eval.json", report)
+    return report
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Writes a JSON file, whole or not at all.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None

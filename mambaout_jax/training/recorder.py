@@ -1,0 +1,101 @@
+"""What a run leaves to look at: metrics.csv, curves.png, TensorBoard events; wandb if asked."""
+
+import csv
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("step", "epoch", "learning_rate", "train_loss", "eval_loss", "top1", "top5")
+
+
+class Recorder:
+    """Writes a run's metrics into its workdir; top-1 and top-5 are in percent.
+
+    Rows after `start_step` are dropped from a metrics.csv that is there already: they are of a run
+    that was stopped after its last checkpoint, and will come again. Of several processes, one is
+    `enabled`; the others write nothing.
+    """
+
+    def __init__(
+        self, workdir: Path, start_step: int = 0, wandb_project: str = "", enabled: bool = True
+    ):
+        self.enabled, self.wandb = enabled, None
+        if not enabled:
+            return
+        from tensorboardX import SummaryWriter
+
+        self.workdir = workdir
+        self.path = workdir / "metrics.csv"
+        self.rows = [row for row in read_rows(self.path) if row["step"] <= start_step]
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        if wandb_project:
+            import wandb
+
+            run = uuid.uuid5(uuid.NAMESPACE_URL, str(workdir.absolute())).hex
+            self.wandb = wandb.init(project=wandb_project, dir=workdir, id=run, resume="allow")
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes scalars of a step, as events only."""
+        if not self.enabled:
+            return
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def row(self, values: dict[str, float]) -> None:
+        """Writes a row of all `COLUMNS`, and draws the curves anew."""
+        if not self.enabled:
+            return
+        self.rows.append({column: values[column] for column in COLUMNS})
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(part, self.path)
+        names = {"eval_loss": "eval/loss", "top1": "eval/top1", "top5": "eval/top5"}
+        self.scalars(int(values["step"]), {names[key]: values[key] for key in names})
+        draw_curves(self.rows, self.workdir / "curves.png")
+
+    def close(self) -> None:
+        """Flushes the events."""
+        if not self.enabled:
+            return
+        self.events.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics.csv, none where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {key: int(value) if key == "step" else float(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws loss and top-1 against epochs."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, top1 = figure.subplots(1, 2)
+    loss.plot(epochs, [row["train_loss"] for row in rows], label="training")
+    loss.plot(epochs, [row["eval_loss"] for row in rows], label="evaluation")
+    loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    loss.legend()
+    top1.plot(epochs, [row["top1"] for row in rows], color="tab:orange")
+    best = max(rows, key=lambda row: row["top1"])
+    top1.set(xlabel="epoch", ylabel="top-1, %", title=f"best {best['top1']:.2f}%")
+    for axes in (loss, top1):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.savefig(path.with_suffix(".part"), format="png", dpi=120)
+    os.replace(path.with_suffix(".part"), path)

@@ -1,0 +1,97 @@
+"""The mesh of devices, and where each array lies on it."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr
+
+from mambaout_jax.errors import UserError
+
+# The first rule whose pattern is found in a parameter's name holds; optimizer state and averages
+# have the names of their parameters. "largest" splits the largest axis that divides over `fsdp`.
+RULES: tuple[tuple[str, str], ...] = (
+    (r"/(bias|scale|layer_scale)$", "replicated"),
+    (r"blocks_\d+/conv/kernel$", "replicated"),
+    (r"/kernel$", "largest"),
+)
+# Parameters of fewer elements stay whole on every device: splitting them saves nothing.
+MIN_SPLIT_SIZE = 2**14
+
+# A batch is split over both axes.
+BATCH = P(("data", "fsdp"))
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """Returns the mesh of all devices: `fsdp` of them share a copy of the parameters.
+
+    Raises:
+        UserError: when `fsdp` does not divide the devices.
+    """
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp:
+        raise UserError(f"config.mesh.fsdp {fsdp} does not divide the {devices} devices")
+    return jax.make_mesh(
+        (devices // fsdp, fsdp),
+        ("data", "fsdp"),
+        axis_types=(jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto),
+    )
+
+
+def check_batch(size: int, parts: int, mesh: Mesh, key: str) -> None:
+    """Checks that a batch splits into `parts`, and each part over all devices.
+
+    Raises:
+        UserError: when it does not.
+    """
+    unit = parts * mesh.size
+    if size % unit:
+        near = max(size // unit, 1) * unit
+        accumulated = f" in {parts} accumulated parts" if parts > 1 else ""
+        raise UserError(
+            f"config.{key} {size} does not divide over {mesh.size} devices{accumulated}: "
+            f"expected a multiple of {unit}, such as {near}"
+        )
+
+
+def parameter_spec(name: str, shape: tuple[int, ...], fsdp: int) -> P:
+    """Returns how the named parameter is split.
+
+    Raises:
+        ValueError: when no rule matches: the rules are then incomplete.
+    """
+    rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
+    if rule is None:
+        raise ValueError(f"no sharding rule matches the parameter {name}")
+    axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if rule == "replicated" or fsdp == 1 or math.prod(shape) < MIN_SPLIT_SIZE or not axes:
+        return P()
+    largest = max(axes, key=lambda axis: shape[axis])
+    return P(*(None,) * largest, "fsdp")
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a state, or of any tree whose arrays have parameters' names.
+
+    Counters and other scalars are replicated.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = keystr(path, simple=True, separator="/")
+        spec = parameter_spec(name, leaf.shape, mesh.shape["fsdp"]) if leaf.ndim else P()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(sharding, state)
+
+
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's part of a batch on its devices, as a part of the whole batch."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }

@@ -1,0 +1,198 @@
+"""One step of training, one of evaluation, and their compilation over a mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from clu import metrics
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mambaout_jax.data.on_device import augment_batch, normalize
+from mambaout_jax.models.mambaout import MambaOut
+from mambaout_jax.training.sharding import BATCH
+from mambaout_jax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a step does besides the model and the optimizer; the names are the configuration's."""
+
+    num_classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    label_smoothing: float = 0.0
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_off_step: int = 0  # the first step without mixing; 0: never
+    accumulate_steps: int = 1
+    ema_decay: float = 0.0
+
+
+def augment(key: jax.Array, step: jax.Array, batch: Batch, recipe: Recipe) -> Batch:
+    """Turns uint8 images and labels into mixed float32 images and targets [N, classes]."""
+    images, targets = augment_batch(
+        key,
+        batch["image"],
+        batch["label"],
+        mean=recipe.mean,
+        std=recipe.std,
+        num_classes=recipe.num_classes,
+        smoothing=recipe.label_smoothing,
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        prob=recipe.mixup_prob,
+        switch_prob=recipe.mixup_switch_prob,
+        erasing=recipe.random_erasing,
+        enabled=step < recipe.mixup_off_step if recipe.mixup_off_step else True,
+    )
+    return {"image": images, "target": targets}
+
+
+def mean_gradient(
+    loss_fn: Callable[[Any, Batch, jax.Array], jax.Array],
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    parts: int,
+) -> tuple[jax.Array, Any]:
+    """Returns the loss of a batch and its gradient, from `parts` parts one after the other."""
+    if parts == 1:
+        return jax.value_and_grad(loss_fn)(params, batch, key)
+
+    # Each part takes every parts-th example, so that no example leaves its device.
+    def split(array: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0)
+
+    def accumulate(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        part_batch, index = part
+        value = jax.value_and_grad(loss_fn)(params, part_batch, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, value), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(accumulate, zero, (jax.tree.map(split, batch), jnp.arange(parts)))
+    return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def update_step(
+    state: TrainState,
+    inputs: Batch,
+    key: jax.Array,
+    *,
+    model: MambaOut,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Updates the state by a prepared batch: "image" float32 [N, H, W, 3], "target" [N, classes].
+
+    Returns:
+        The state after the step, and the scalars "loss" and "grad_norm" (before clipping).
+    """
+
+    def loss_fn(params: Any, part: Batch, key: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params}, part["image"], True, rngs={"dropout": key})
+        return optax.softmax_cross_entropy(logits, part["target"]).mean()
+
+    loss, grads = mean_gradient(loss_fn, state.params, inputs, key, recipe.accumulate_steps)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if recipe.ema_decay:
+        ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
+    state = TrainState(state.step + 1, params, opt_state, ema_params)
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: MambaOut,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Augments a batch and updates the state by it.
+
+    Args:
+        state: the state before the step.
+        batch: "image" uint8 [N, H, W, 3] and "label" int32 [N].
+        key: the run's training key; the step's number is folded into it here.
+        model: the network.
+        optimizer: what turns gradients into updates.
+        recipe: the rest of the recipe.
+
+    Returns:
+        As `update_step`.
+    """
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+    inputs = augment(augment_key, state.step, batch, recipe)
+    parts = {"model": model, "optimizer": optimizer, "recipe": recipe}
+    return update_step(state, inputs, dropout_key, **parts)
+
+
+@flax.struct.dataclass
+class EvalMetrics(metrics.Collection):
+    """Sums and counts of an evaluation, divided once at its end."""
+
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    top1: metrics.Average.from_output("top1")  # type: ignore[valid-type]
+    top5: metrics.Average.from_output("top5")  # type: ignore[valid-type]
+
+
+def eval_step(
+    params: Any,
+    batch: Batch,
+    *,
+    model: MambaOut,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> EvalMetrics:
+    """Returns the sums of one batch: "image" uint8 [N, H, W, 3], "label" [N], "mask" bool [N]."""
+    logits = model.apply({"params": params}, normalize(batch["image"], mean, std))
+    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = best == batch["label"][:, None]
+    return EvalMetrics.single_from_model_output(
+        loss=optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),
+        top1=hits[:, 0].astype(jnp.float32),
+        top5=hits.any(axis=1).astype(jnp.float32),
+        mask=batch["mask"],
+    )
+
+
+def compile_train_step(
+    model: MambaOut,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    shardings: Any,
+    mesh: Mesh,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns the jitted `train_step` over the mesh; it donates the state and nothing else."""
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(
+        functools.partial(train_step, model=model, optimizer=optimizer, recipe=recipe),
+        in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+
+
+def compile_eval_step(
+    model: MambaOut, recipe: Recipe, shardings: Any, mesh: Mesh
+) -> Callable[..., EvalMetrics]:
+    """Returns the jitted `eval_step` over the mesh; `shardings` are the parameters'."""
+    return jax.jit(
+        functools.partial(eval_step, model=model, mean=recipe.mean, std=recipe.std),
+        in_shardings=(shardings, NamedSharding(mesh, BATCH)),
+        out_shardings=NamedSharding(mesh, P()),
+    )
