@@ -7,7 +7,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mambaout_jax.ops import depthwise_conv2d
 
@@ -38,12 +38,17 @@ def gathered_elements(module: str) -> list[int]:
 @pytest.mark.parametrize("implementation", ["auto", "shifted", "pallas_tpu"])
 def test_a_sharded_batch_stays_sharded_and_gives_the_same_gradients(implementation):
     assert jax.device_count() == 8
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     batch, replicated = (
-        NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec())
+        NamedSharding(mesh, spec) for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec())
     )
+
+    def in_mesh(x, kernel):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return gradients(implementation)(x, kernel)
+
     step = jax.jit(
-        gradients(implementation),
+        in_mesh,
         in_shardings=(batch, replicated),
         out_shardings=(replicated, (batch, replicated)),
     )

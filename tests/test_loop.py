@@ -130,7 +130,9 @@ def test_evaluation_of_a_checkpoint_equals_the_runs_own(finished, tmp_path):
 
 def test_evaluation_refuses_weights_of_another_model(finished, tmp_path):
     config = small_config(**{"init_from": str(finished), "model.name": "mambaout_femto"})
-    with pytest.raises(UserError, match=r"config\.model\.name is 'mambaout_femto', but the weights"):
+    with pytest.raises(
+        UserError, match=r"config\.model\.name is 'mambaout_femto', but the weights"
+    ):
         evaluate_weights(config, tmp_path)
     assert not list(tmp_path.iterdir())
 
