@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec as P
 
 import mambaout_jax
 from configs import default
@@ -240,6 +241,16 @@ def test_no_step_gathers_activations():
     compiled = step.lower(state, batch_of(16), jax.random.key(0)).compile().as_text()
     assert "all-reduce" in compiled
     assert "all-gather" not in compiled
+
+
+def test_tpu_kernels_run_on_each_devices_part_of_the_batch():
+    model, optimizer, mesh = small_model(depthwise="pallas_tpu"), optimizer_of(), make_mesh(2)
+    state = jax.eval_shape(lambda: init_state(golden.params(model), optimizer, ema=False))
+    step = compile_train_step(model, optimizer, RECIPE, state_shardings(state, mesh), mesh)
+    traced = step.trace(state, batch_of(16), jax.random.key(0)).jaxpr
+    specs = [e.params["in_specs"] for e in traced.eqns if e.primitive.name == "shard_map"]
+    assert specs
+    assert all(spec[0] == P(("data", "fsdp")) for spec in specs)
 
 
 def test_evaluation_ignores_padding():

@@ -66,14 +66,6 @@ def test_there_is_no_drawer():
 
 
 def test_the_package_imports_with_jax_and_flax_alone():
-    heavy = (
-        "tensorflow",
-        "torch",
-        "tensorflow_datasets",
-        "grain",
-        "orbax.checkpoint",
-        "optax.losses",
-    )
     code = (
         "import sys, mambaout_jax, jax.numpy as jnp\n"
         "model = mambaout_jax.create_model('test_mambaout')\n"

@@ -171,6 +171,17 @@ def eval_step(
     )
 
 
+def over_mesh(function: Callable[..., Any], mesh: Mesh, **parts: Any) -> Callable[..., Any]:
+    """Returns `function` with its parts, and the mesh in context as the kernels need it."""
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **parts)
+
+    return on_mesh
+
+
 def compile_train_step(
     model: MambaOut,
     optimizer: optax.GradientTransformation,
@@ -181,7 +192,7 @@ def compile_train_step(
     """Returns the jitted `train_step` over the mesh; it donates the state and nothing else."""
     replicated = NamedSharding(mesh, P())
     return jax.jit(
-        functools.partial(train_step, model=model, optimizer=optimizer, recipe=recipe),
+        over_mesh(train_step, mesh, model=model, optimizer=optimizer, recipe=recipe),
         in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
@@ -193,7 +204,7 @@ def compile_eval_step(
 ) -> Callable[..., EvalMetrics]:
     """Returns the jitted `eval_step` over the mesh; `shardings` are the parameters'."""
     return jax.jit(
-        functools.partial(eval_step, model=model, mean=recipe.mean, std=recipe.std),
+        over_mesh(eval_step, mesh, model=model, mean=recipe.mean, std=recipe.std),
         in_shardings=(shardings, NamedSharding(mesh, BATCH)),
         out_shardings=NamedSharding(mesh, P()),
     )
