@@ -37,6 +37,9 @@ def main(argv: list[str]) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    from mambaout_jax.training.processes import join_processes
+
+    join_processes()
     workdir = epath.Path(_WORKDIR.value)
     if _MODE.value == "eval":
         from mambaout_jax.evaluation import evaluate_weights
