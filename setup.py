@@ -9,7 +9,7 @@ extras = {
     "cuda": ["jax[cuda13]"],
     "torch": ["torch>=2.6"],
     "wandb": ["wandb>=0.19"],
-    "fast": ["simplejpeg>=1.9"],
+    "fast": ["simplejpeg>=1.9", "numba>=0.63"],
     "prepare": ["tensorflow", "apache-beam", "mlcroissant", "importlib_resources"],
     "test": ["pytest>=8.4", "hypothesis>=6.130", "scikit-learn>=1.6"],
     "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.2"],
