@@ -156,7 +156,7 @@ def test_every_variant_has_its_preprocessing():
     assert mambaout_jax.list_pretrained() == list(PRETRAINED)
     for name, variant in VARIANTS.items():
         record = mambaout_jax.preprocessing(name)
-        assert record.size == (variant.image_size, variant.image_size)
+        assert record.shape == (variant.image_size, variant.image_size)
         assert record.crop_pct == (0.95 if "base_" in name and "plus" not in name else 1.0)
         assert record.crop_mode == "center"
         assert record.interpolation == "bicubic"
@@ -165,7 +165,7 @@ def test_every_variant_has_its_preprocessing():
 def test_pretrained_names_keep_their_own_preprocessing_and_classes():
     r384 = "mambaout_base_plus_rw.sw_e150_r384_in12k_ft_in1k"
     assert mambaout_jax.preprocessing(r384) == Preprocessing(size=384, crop_mode="squash")
-    assert mambaout_jax.preprocessing(f"timm/{r384}").size == (384, 384)
+    assert mambaout_jax.preprocessing(f"timm/{r384}").shape == (384, 384)
     assert find_pretrained(r384).top1 == 87.508
     assert find_pretrained("mambaout_base_plus_rw.sw_e150_in12k").num_classes == 11_821
     assert mambaout_jax.preprocessing("mambaout_base_wide_rw.sw_e500_in1k").crop_pct == 0.95

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -22,6 +21,8 @@ from flax.traverse_util import flatten_dict
 from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
+from mambaout_jax.weights.shapes import mismatches, param_shapes, tree_shapes
+from mambaout_jax.weights.torch_file import check_absent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,7 @@ def save_weights(
         UserError: when the directory exists or cannot be written; nothing of it is left then.
     """
     directory = epath.Path(directory).expanduser().resolve()
-    if directory.exists():
-        raise UserError(f"the output {directory} exists: name another directory or remove it")
+    check_absent(directory)
     info = dataclasses.replace(info, digest=digest(params))
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(info.to_json())
@@ -144,7 +144,10 @@ def load_weights(directory: epath.PathLike) -> tuple[dict[str, Any], WeightsInfo
     item = "ema_params" if info.averaged else "params"
     with _damage(directory), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.metadata(directory / item).item_metadata.tree
-        _check(found, info, directory)
+        if errors := mismatches(tree_shapes(found), param_shapes(info.create_model())):
+            raise UserError(
+                f"the weights in {directory} do not fit {info.model}: {'; '.join(errors)}"
+            )
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found)
         args = ocp.args.PyTreeRestore(restore_args=as_numpy)
         params = checkpointer.restore(directory / item, args=args)
@@ -173,25 +176,6 @@ def _read_info(directory: epath.Path) -> WeightsInfo:
     with _damage(directory), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         record = checkpointer.restore(directory / "meta", args=ocp.args.JsonRestore())
     return WeightsInfo.from_json(record)
-
-
-def _check(found: Any, info: WeightsInfo, directory: epath.Path) -> None:
-    """Raises UserError unless the arrays are those of the model that `info` names."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    abstract = jax.eval_shape(info.create_model().init, jax.random.key(0), images)["params"]
-    want = {"/".join(path): tuple(leaf.shape) for path, leaf in flatten_dict(abstract).items()}
-    have = {"/".join(path): tuple(leaf.shape) for path, leaf in flatten_dict(found or {}).items()}
-    errors = [f"{name} is missing" for name in want.keys() - have.keys()]
-    errors += [f"{name} is unexpected" for name in have.keys() - want.keys()]
-    errors += [
-        f"{name} is {have[name]}, expected {shape}"
-        for name, shape in want.items()
-        if name in have and have[name] != shape
-    ]
-    if errors:
-        raise UserError(
-            f"the weights in {directory} do not fit {info.model}: {'; '.join(sorted(errors))}"
-        )
 
 
 @contextlib.contextmanager
