@@ -57,6 +57,25 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def load_config(path: str | Path) -> ConfigDict:
+    """Returns the configuration that a file's `get_config` makes.
+
+    Raises:
+        UserError: when the file is not there or is no configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
+        hint = nearest(str(path), known)
+        raise UserError(f"no configuration file {path}{hint} (known: {', '.join(known) or 'none'})")
+    try:
+        return runpy.run_path(str(path))["get_config"]()
+    except KeyError:
+        raise UserError(f"{path} is no configuration: it defines no get_config()") from None
+    except SyntaxError as error:
+        raise UserError(f"{path} is no configuration: line {error.lineno}, {error.msg}") from None
+
+
 def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
     """Checks the configuration file and the keys that a command line names.
 
@@ -67,18 +86,7 @@ def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
     paths += [b for a, b in itertools.pairwise(argv) if re.fullmatch(rf"--?{flag}", a)]
     if not paths:
         raise UserError(f"no configuration: expected --{flag}=FILE, such as configs/quickstart.py")
-    path = Path(paths[-1])
-    if not path.is_file():
-        known = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
-        hint = nearest(str(path), known)
-        raise UserError(f"no configuration file {path}{hint} (known: {', '.join(known) or 'none'})")
-    try:
-        config = runpy.run_path(str(path))["get_config"]()
-    except KeyError:
-        raise UserError(f"{path} is no configuration: it defines no get_config()") from None
-    except SyntaxError as error:
-        raise UserError(f"{path} is no configuration: line {error.lineno}, {error.msg}") from None
-    keys = flatten(config)
+    keys = flatten(load_config(paths[-1]))
     for arg in argv:
         match = re.match(rf"--?{flag}\.([^=]+)", arg)
         if match and match[1] not in keys:

@@ -25,23 +25,23 @@ _FILTERS = {
 class TrainTransform:
     """Makes a training picture of an encoded file; picklable, and safe to share by threads."""
 
-    def __init__(self, augment: ConfigDict, image_size: int):
+    def __init__(self, config: ConfigDict):
         """Reads the options.
 
         Args:
-          augment: the `augment` part of the configuration.
-          image_size: height and width of the result in pixels.
+          config: the whole configuration.
 
         Raises:
           UserError: an option has no meaning.
         """
+        augment = config.augment
         if augment.interpolation not in _FILTERS:
             raise UserError(
                 f"augment.interpolation is {augment.interpolation!r}; it is one of "
                 f"{', '.join(_FILTERS)}."
             )
         self._filters = _FILTERS[augment.interpolation]
-        self._size = image_size
+        self._size = config.data.image_size
         self._scale = _interval("augment.crop_scale", augment.crop_scale)
         self._ratio = _interval("augment.crop_ratio", augment.crop_ratio)
         self._hflip = augment.hflip

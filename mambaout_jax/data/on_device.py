@@ -26,8 +26,8 @@ def normalize(
     Returns:
       float32 [N, H, W, 3].
     """
-    scale = jnp.asarray(std, jnp.float32) * 255
-    return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32) * 255) / scale
+    shift, scale = (255 * jnp.array(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
+    return (images.astype(jnp.float32) - shift) / scale
 
 
 def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
@@ -127,7 +127,7 @@ def mixup_cutmix(
     blend = images.astype(jnp.float32) * lam + partners.astype(jnp.float32) * (1 - lam)
     if jnp.issubdtype(images.dtype, jnp.integer):
         blend = jnp.round(blend)
-    cut = jnp.where(inside[:, :, None], partners, images)
+    cut = jnp.where(inside[None, :, :, None], partners, images)
     mixed = jnp.where(use_cutmix, cut, blend.astype(images.dtype))
     return jnp.where(apply, mixed, images), targets * lam + targets[::-1] * (1 - lam)
 

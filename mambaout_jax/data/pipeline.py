@@ -176,7 +176,7 @@ class TrainBatches(Iterator[Batch]):
             "batch_size": config.batch_size,
             "repeats": config.augment.repeats,
         }
-        transform = augment.TrainTransform(config.augment, config.data.image_size)
+        transform = augment.TrainTransform(config)
         make_picture = _MakeTrainingPicture(source, order, transform, self._max_bad)
         pictures = grain.MapDataset.range(sys.maxsize).seed(config.seed).random_map(make_picture)
         self._make_chunk = _MakeChunk(

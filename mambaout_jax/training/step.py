@@ -13,7 +13,7 @@ from clu import metrics
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mambaout_jax.data.on_device import mixup_cutmix, normalize, random_erasing
+from mambaout_jax.data.on_device import augment_batch, normalize
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.training.sharding import BATCH
 from mambaout_jax.training.state import TrainState
@@ -26,8 +26,8 @@ class Recipe:
     """What a step does besides the model and the optimizer; the names are the configuration's."""
 
     num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     label_smoothing: float = 0.0
     random_erasing: float = 0.0
     mixup: float = 0.0
@@ -41,20 +41,19 @@ class Recipe:
 
 def augment(key: jax.Array, step: jax.Array, batch: Batch, recipe: Recipe) -> Batch:
     """Turns uint8 images and labels into mixed float32 images and targets [N, classes]."""
-    erase_key, mix_key = jax.random.split(key)
-    images = normalize(batch["image"], recipe.mean, recipe.std)
-    if recipe.random_erasing:
-        images = random_erasing(erase_key, images, recipe.random_erasing)
-    images, targets = mixup_cutmix(
-        mix_key,
-        images,
+    images, targets = augment_batch(
+        key,
+        batch["image"],
         batch["label"],
+        mean=recipe.mean,
+        std=recipe.std,
         num_classes=recipe.num_classes,
         smoothing=recipe.label_smoothing,
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,
         prob=recipe.mixup_prob,
         switch_prob=recipe.mixup_switch_prob,
+        erasing=recipe.random_erasing,
         enabled=step < recipe.mixup_off_step if recipe.mixup_off_step else True,
     )
     return {"image": images, "target": targets}
@@ -111,7 +110,7 @@ def update_step(
     if recipe.ema_decay:
         ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
     state = TrainState(state.step + 1, params, opt_state, ema_params)
-    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
 
 def train_step(
@@ -156,8 +155,8 @@ def eval_step(
     batch: Batch,
     *,
     model: MambaOut,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
 ) -> EvalMetrics:
     """Returns the sums of one batch: "image" uint8 [N, H, W, 3], "label" [N], "mask" bool [N]."""
     logits = model.apply({"params": params}, normalize(batch["image"], mean, std))
