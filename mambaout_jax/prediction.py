@@ -105,7 +105,7 @@ class Predictor:
                 raise UserError(f"the {name} is {number}: expected at least 1")
         self.info = info
         self.labels = class_names(info.class_names, info.num_classes)
-        self._classes = None if classes is None else np.array(list(classes), np.int32)
+        chosen = None if classes is None else jnp.array(list(classes), jnp.int32)
         devices = jax.local_devices()
         mesh = jax.make_mesh(
             (len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,)
@@ -113,15 +113,15 @@ class Predictor:
         self.batch_size = -(-batch_size // len(devices)) * len(devices)
         self._split = NamedSharding(mesh, P("batch"))
         self._params = jax.device_put(params, NamedSharding(mesh, P()))
-        choices = info.num_classes if self._classes is None else self._classes.size
+        choices = info.num_classes if chosen is None else chosen.size
         top = min(top, choices)
 
         def best(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits = forward(params, images, model=model, preprocessing=info.preprocessing)
-            if self._classes is not None:
-                logits = logits[:, self._classes]
+            if chosen is not None:
+                logits = logits[:, chosen]
             values, indices = jax.lax.top_k(jax.nn.softmax(logits), top)
-            return values, indices if self._classes is None else self._classes[indices]
+            return values, indices if chosen is None else chosen[indices]
 
         self._best = jax.jit(best, out_shardings=self._split)
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from mambaout_jax.__main__ import main
 from mambaout_jax.errors import UserError
@@ -111,7 +112,7 @@ def count_products(jaxpr):
             left = equation.invars[0].aval.shape
             inner = math.prod(left[axis] for axis in contracted)
             total += inner * math.prod(equation.outvars[0].aval.shape)
-        total += sum(count_products(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+        total += sum(count_products(inner) for inner in jaxprs_in_params(equation.params))
     return total
 
 
@@ -126,7 +127,7 @@ def test_the_formula_counts_a_transformer_block():
 
     x = jnp.zeros((1, tokens, width))
     with jax.numpy_rank_promotion("allow"):
-        params = Block().init(jax.random.key(0), x)
+        params = jax.eval_shape(Block().init, jax.random.key(0), x)
         jaxpr = jax.make_jaxpr(Block().apply)(params, x)
     assert sum(attention_block_macs(width, tokens)) == count_products(jaxpr.jaxpr)
 

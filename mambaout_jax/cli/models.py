@@ -1,7 +1,9 @@
 """Lists the variants and the published weights."""
 
 import argparse
+import functools
 import json
+from typing import Any
 
 SUMMARY = "Lists the variants, their sizes, and the weights that the hub has of them."
 
@@ -16,23 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints a table of variants and one of weights."""
     from mambaout_jax.cli.table import format_table
-    from mambaout_jax.models.counting import count_total
-    from mambaout_jax.models.mambaout import VARIANTS, create_model
     from mambaout_jax.models.pretrained import PRETRAINED
 
-    variants = []
-    for name, variant in VARIANTS.items():
-        # Tracing the plain convolution is quick, and the count is the same.
-        total = count_total(create_model(name, depthwise="xla"), (_IMAGE_SIZE, _IMAGE_SIZE, 3))
-        variants.append(
-            {
-                "model": name,
-                "params": total.params,
-                "macs": total.macs,
-                "top1_224": variant.top1_224,
-                "top1_288": variant.top1_288,
-            }
-        )
+    variants = _variants()
     weights = [
         {
             "weights": name,
@@ -65,3 +53,24 @@ def run(args: argparse.Namespace) -> int:
     rows = [(w["weights"], str(w["size"]), f"{w['classes']:,}", accuracy(w["top1"])) for w in weights]
     print(format_table(("weights", "pixels", "classes", "top-1"), rows))
     return 0
+
+
+@functools.cache
+def _variants() -> list[dict[str, Any]]:
+    from mambaout_jax.models.counting import count_total
+    from mambaout_jax.models.mambaout import VARIANTS, create_model
+
+    rows = []
+    for name, variant in VARIANTS.items():
+        # Tracing the plain convolution is quick, and the count is the same.
+        total = count_total(create_model(name, depthwise="xla"), (_IMAGE_SIZE, _IMAGE_SIZE, 3))
+        rows.append(
+            {
+                "model": name,
+                "params": total.params,
+                "macs": total.macs,
+                "top1_224": variant.top1_224,
+                "top1_288": variant.top1_288,
+            }
+        )
+    return rows
