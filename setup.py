@@ -8,6 +8,7 @@ extras = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "torch": ["torch>=2.6"],
+    "verify": ["torch>=2.6", "timm>=1.0.14"],
     "wandb": ["wandb>=0.19"],
     "test": ["pytest>=8.4", "hypothesis>=6.130", "scikit-learn>=1.6"],
     "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.2"],

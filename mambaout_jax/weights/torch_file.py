@@ -2,7 +2,7 @@
 
 torch is imported for .pth and .pt alone, which it reads with `weights_only=True`: no code of a
 pickle runs. The checksums of a .pth are checked first, as torch does not; a .safetensors file has
-none, so what can be checked of it is its structure.
+none, and neither has a .pth of torch's old format: what can be checked of these is their structure.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import os
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,7 +91,8 @@ def _read_pickle(path: Path) -> Any:
         _check_zip(path)
     try:
         # A training script's checkpoint often holds its flags: a Namespace only holds values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # whatever torch's parsers raise of bytes that are anything
         if "weights_only" in str(error) or "Unsupported" in str(error):
@@ -114,8 +116,8 @@ def _check_zip(path: Path) -> None:
         raise UserError(f"{path} is damaged: the checksum of {damaged} does not match")
 
 
-def import_torch(what: object) -> Any:
-    """Returns torch.
+def import_torch(what: object, extra: str = "torch") -> Any:
+    """Returns torch, for `what`; `extra` of this package brings it along.
 
     Raises:
         UserError: when it is not installed.
@@ -124,7 +126,7 @@ def import_torch(what: object) -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{what} takes torch, which is not installed: pip install 'mambaout_jax[torch]'"
+            f"{what} takes torch, which is not installed: pip install 'mambaout_jax[{extra}]'"
         ) from error
     return torch
 
@@ -155,6 +157,8 @@ def _as_numpy(value: Any, name: str, path: Path) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     try:
+        if not _fills_storage(value):
+            raise UserError(f"{path} holds {name}, a view into a larger storage: save a copy of it")
         if str(value.dtype) == "torch.bfloat16":
             value = value.float()
         return value.detach().numpy()
@@ -163,6 +167,20 @@ def _as_numpy(value: Any, name: str, path: Path) -> np.ndarray:
             f"{path} holds {name}, a {type(value).__name__} that is no plain tensor: expected a "
             "state dict of tensors"
         ) from error
+
+
+def _fills_storage(tensor: Any) -> bool:
+    """Tells whether a torch tensor uses each number of its storage once, in any order of axes.
+
+    Sizes, strides and offset are bare numbers in a file of the old format; this ties them to the
+    length of the data.
+    """
+    covered = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != covered:
+            return False
+        covered *= size
+    return tensor.untyped_storage().nbytes() == covered * tensor.element_size()
 
 
 def write_state_dict(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -118,10 +118,10 @@ def from_torch(
             errors.append(f"{name} is of type {array.dtype}, expected float32")
             continue
         with np.errstate(over="ignore"):
-            array = array.astype(np.float32, copy=False)
+            array = np.array(array.transpose(TO_OURS[array.ndim]), np.float32, order="C")
         if not np.isfinite(array).all():
             errors.append(f"{name} holds values that are not finite (NaN or infinity)")
-        params[tensor.path] = np.ascontiguousarray(array.transpose(TO_OURS[array.ndim]))
+        params[tensor.path] = array
     if errors:
         raise UserError(f"the weights cannot be used: {'; '.join(errors)}")
     return unflatten_dict(params)
@@ -151,7 +151,7 @@ def to_torch(
     if errors := mismatches({path: leaf.shape for path, leaf in flat.items()}, param_shapes(model)):
         raise UserError(f"the parameters do not fit {title}: {'; '.join(errors)}")
     return {
-        torch_name(path, layout): np.ascontiguousarray(leaf.transpose(TO_TORCH[leaf.ndim]))
+        torch_name(path, layout): np.array(leaf.transpose(TO_TORCH[leaf.ndim]), order="C")
         for path, leaf in flat.items()
     }
 

@@ -29,7 +29,7 @@ def largest_difference(
     Raises:
         UserError: when torch or timm is not installed, or timm refuses the tensors.
     """
-    torch = import_torch("--verify")
+    torch = import_torch("--verify", extra="verify")
     try:
         from timm.models import create_model
         from timm.models.mambaout import checkpoint_filter_fn
