@@ -1,4 +1,4 @@
-"""The command line: python -m mambaout_jax COMMAND …"""
+"""The command line: python -m mambaout_jax COMMAND."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ from mambaout_jax.errors import UserError
 
 # Each has a file of its name in mambaout_jax/cli: SUMMARY, add_arguments(parser) and
 # run(args) -> exit status. What is heavy is imported in run.
-COMMANDS = ("predict", "models", "summary", "flops")
+COMMANDS = ("predict", "models", "summary", "validate", "export", "flops")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Classifying pictures with trained weights, over all devices of this machine.
 
-    predictor = Predictor.load("mambaout_tiny.in1k")
-    for prediction in predictor.predict_files(["cat.jpg", "dog.jpg"]):
-        print(prediction.name, prediction.best[0].label)
+predictor = Predictor.load("mambaout_tiny.in1k")
+for prediction in predictor.predict_files(["cat.jpg", "dog.jpg"]):
+    print(prediction.name, prediction.best[0].label)
 """
 
 import concurrent.futures
@@ -60,7 +60,8 @@ def forward(
 ) -> jax.Array:
     """Returns float32 logits [N, classes] of prepared pictures, uint8 [N, H, W, 3]."""
     pixels = normalize(images, preprocessing.mean, preprocessing.std)
-    return model.apply({"params": params}, pixels)
+    logits: jax.Array = model.apply({"params": params}, pixels)  # type: ignore[assignment]
+    return logits
 
 
 class Predictor:
@@ -180,12 +181,12 @@ class Predictor:
             The name, and the best classes' (probabilities [top], numbers [top]) or what is wrong
             with the picture.
         """
-        pending: tuple[list, tuple[jax.Array, jax.Array]] | None = None
+        pending: tuple[list, tuple] | None = None
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
             for chunk in _chunks(pictures, self.batch_size):
                 prepared = list(pool.map(self._prepare, chunk))
                 images = [image for _, image in prepared if isinstance(image, np.ndarray)]
-                result = self._dispatch(np.stack(images)) if images else ((), ())
+                result: tuple = self._dispatch(np.stack(images)) if images else ((), ())
                 if pending:
                     yield from _collect(*pending)
                 pending = prepared, result

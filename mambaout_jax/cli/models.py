@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     from mambaout_jax.models.pretrained import PRETRAINED
 
     variants = _variants()
-    weights = [
+    weights: list[dict[str, Any]] = [
         {
             "weights": name,
             "size": entry.preprocessing.size,
@@ -50,8 +50,10 @@ def run(args: argparse.Namespace) -> int:
     ]
     print(format_table(header, rows))
     print("\nTop-1 in percent on ImageNet-1k, as published. Weights on the hub:\n")
-    rows = [(w["weights"], str(w["size"]), f"{w['classes']:,}", accuracy(w["top1"])) for w in weights]
-    print(format_table(("weights", "pixels", "classes", "top-1"), rows))
+    published = [
+        (w["weights"], str(w["size"]), f"{w['classes']:,}", accuracy(w["top1"])) for w in weights
+    ]
+    print(format_table(("weights", "pixels", "classes", "top-1"), published))
     return 0
 
 

@@ -11,7 +11,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, help="of a square image, in pixels (default: its own)")
     parser.add_argument("--classes", type=int, help="width of the logits (default: 1000)")
     parser.add_argument(
-        "--depth", type=int, default=2, help="levels shown: 1 stages, 2 blocks, 3 layers (default: 2)"
+        "--depth",
+        type=int,
+        default=2,
+        help="levels shown: 1 stages, 2 blocks, 3 layers (default: 2)",
     )
 
 
