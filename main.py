@@ -7,9 +7,9 @@ The same command again resumes the run. Keys are changed with --config.key=value
 
 import logging
 import sys
-from pathlib import Path
 
 from absl import app, flags
+from etils import epath
 from ml_collections import config_flags
 
 from mambaout_jax.config import check_command_line
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    workdir = Path(_WORKDIR.value)
+    workdir = epath.Path(_WORKDIR.value)
     if _MODE.value == "eval":
         from mambaout_jax.evaluation import evaluate_weights
 

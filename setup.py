@@ -10,6 +10,9 @@ extras = {
     "torch": ["torch>=2.6"],
     "verify": ["torch>=2.6", "timm>=1.0.14"],
     "wandb": ["wandb>=0.19"],
+    "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=3"],
+    "fast": ["simplejpeg>=1.9"],
+    "prepare": ["tensorflow", "apache-beam", "mlcroissant", "importlib_resources"],
     "export": ["flatbuffers>=24"],
     "demo": ["gradio>=5"],
     "test": [
@@ -44,6 +47,7 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "ml_collections>=1.1",
         "clu>=0.0.12",
+        "etils[epath]>=1.12",
         "numpy>=2.0",
         "pillow>=11.3",
         "matplotlib>=3.9",

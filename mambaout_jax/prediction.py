@@ -118,7 +118,8 @@ class Predictor:
         top = min(top, choices)
 
         def best(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits = forward(params, images, model=model, preprocessing=info.preprocessing)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the TPU kernels ask for it
+                logits = forward(params, images, model=model, preprocessing=info.preprocessing)
             if chosen is not None:
                 logits = logits[:, chosen]
             values, indices = jax.lax.top_k(jax.nn.softmax(logits), top)

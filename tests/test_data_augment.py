@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,3 +115,28 @@ def test_policy_acts_and_depends_on_the_generator_alone():
 def test_intervals_must_rise(key):
     with pytest.raises(UserError, match=f"augment.{key} is .*two rising positive numbers"):
         transformed(**{key: (0.5, 0.1)})
+
+
+def test_decoders_give_equal_pixels():
+    pytest.importorskip("simplejpeg", reason="needs pip install -e '.[fast]'")
+    with np.load(Path(__file__).parent / "goldens" / "eval-preprocess.npz") as goldens:
+        files = [goldens[key].tobytes() for key in goldens.files if key.endswith("file")]
+    transforms = []
+    for name in ("pillow", "simplejpeg"):
+        config = plain_config(crop_scale=SCALE, crop_ratio=RATIO)
+        config.data.decoder = name
+        transforms.append(TrainTransform(config))
+    for seed, file in enumerate([*files, png(NOISE)]):
+        pillow, other = (make(file, np.random.default_rng(seed), "x") for make in transforms)
+        np.testing.assert_array_equal(pillow, other)
+
+
+def test_a_decoder_that_is_not_there_is_named(monkeypatch):
+    config = plain_config()
+    config.data.decoder = "opencv"
+    with pytest.raises(UserError, match=r"data.decoder is 'opencv'"):
+        TrainTransform(config)
+    config.data.decoder = "simplejpeg"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"mambaout_jax\[fast\]"):
+        TrainTransform(config)

@@ -1,7 +1,6 @@
 """Depthwise convolution: every implementation against float64, and what it refuses."""
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -131,15 +130,3 @@ def test_forward_mode_is_refused():
     x, kernel, _ = draw((1, 4, 4, 2), 3, jnp.float32)
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(depthwise_conv2d, (x, kernel), (x, kernel))
-
-
-def exported(platform: str) -> str:
-    """Returns the module of a forward and a backward pass, lowered here for the platform."""
-    x, kernel, _ = draw((2, 7, 7, 16), 7, jnp.float32)
-    step = jax.jit(jax.value_and_grad(lambda x, kernel: depthwise_conv2d(x, kernel).sum(), (0, 1)))
-    return jax.export.export(step, platforms=[platform])(x, kernel).mlir_module()
-
-
-def test_auto_chooses_for_the_platform_that_is_lowered_for():
-    assert "stablehlo.convolution" not in exported("cpu")
-    assert exported("cuda").count("stablehlo.convolution") == 3

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from imagenet_fixture import write_imagenet
+from imagenet_fixture import jpeg, write_imagenet
 
 from mambaout_jax import config as configuration
 from mambaout_jax.errors import UserError
@@ -133,6 +133,37 @@ def test_evaluation_refuses_weights_of_another_model(finished, tmp_path):
     with pytest.raises(UserError, match="'mambaout_femto', but the weights have"):
         evaluate_weights(config, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_fine_tuning_starts_from_the_weights_and_swaps_the_last_layer(finished, tmp_path, caplog):
+    """Two classes of a folder of pictures, at another resolution, from the ten digits' weights."""
+    for split, count in (("train", 8), ("val", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "pets" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number}.jpg").write_bytes(jpeg(100 * label + number))
+    keys = {
+        "init_from": str(finished),
+        "data.source": "folder",
+        "data.dir": str(tmp_path / "pets"),
+        "data.train_split": "train",
+        "data.eval_split": "val",
+        "data.num_classes": 2,
+        "data.image_size": 40,
+        "schedule.duration": "1 steps",
+        "schedule.warmup": "",
+        "schedule.learning_rate": 0.0,
+        "schedule.min_learning_rate": 0.0,
+    }
+    with caplog.at_level("INFO"):
+        train(small_config(**keys), tmp_path / "run")
+    assert "the last layer is new, for 2 classes" in caplog.text
+    (params, info), (start, _) = load_weights(tmp_path / "run"), load_weights(finished)
+    assert info.class_names == ("cat", "dog")
+    assert params["head"].pop("fc2")["kernel"].shape == (256, 2)
+    del start["head"]["fc2"]
+    jax.tree.map(np.testing.assert_array_equal, params, start)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,16 @@ def test_the_batch_is_split_over_all_devices_and_one_program_is_compiled(predict
     assert predictor._best._cache_size() == 1
 
 
+def test_on_tpus_each_device_runs_the_kernels_on_its_part_of_the_batch(tmp_path):
+    overrides = {**small_weights.INFO.overrides, "depthwise": "auto"}
+    predictor = Predictor.load(small_weights.write(tmp_path / "w", overrides=overrides))
+    images = jax.ShapeDtypeStruct((64, 32, 32, 3), np.uint8, sharding=predictor._split)
+    traced = predictor._best.trace(predictor._params, images)
+    program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in program
+    assert "manual_computation" in program
+
+
 def test_a_choice_of_classes(weights, own, files):
     chosen = Predictor.load(weights, batch_size=8, top=2, classes=[7, 3, 900])
     want = own[0, [7, 3, 900]]

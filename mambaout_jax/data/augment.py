@@ -40,6 +40,7 @@ class TrainTransform:
                 f"augment.interpolation is {augment.interpolation!r}; it is one of "
                 f"{', '.join(_FILTERS)}."
             )
+        self._decode = decoding.decoder(config.data.decoder)
         self._filters = _FILTERS[augment.interpolation]
         self._size = config.data.image_size
         self._scale = _interval("augment.crop_scale", augment.crop_scale)
@@ -62,10 +63,10 @@ class TrainTransform:
         Raises:
           BadImageError: the file is no picture, or a damaged one.
         """
-        image = decoding.decode(file_bytes, name)
-        box = draw_crop(image.size, self._scale, self._ratio, rng)
+        picture = self._decode(file_bytes, name)
+        box = draw_crop(picture.size, self._scale, self._ratio, rng)
         filter_ = self._filters[int(rng.integers(len(self._filters)))]
-        image = image.crop(box).resize((self._size, self._size), filter_)
+        image = picture.crop(box).resize((self._size, self._size), filter_)
         if rng.random() < self._hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         image = self._policy(image, rng)

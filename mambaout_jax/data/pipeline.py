@@ -271,6 +271,7 @@ class EvalBatches:
     the mask marks padding. Every process has the same number of batches of the same shape.
 
     Attributes:
+      name: what the data set and split are called.
       num_examples: pictures in the split.
       num_classes: classes in the split.
       class_names: their names, in the order of the labels.
@@ -292,6 +293,7 @@ class EvalBatches:
         self.num_examples = len(source)
         self.num_classes = source.num_classes
         self.class_names = source.class_names
+        self.name = source.name
         self._length = -(-self.num_examples // config.eval.batch_size)
         self._workers = _worker_options(config.data)
         self._make_chunk = _MakeEvaluationChunk(

@@ -159,7 +159,8 @@ def eval_step(
     std: tuple[float, float, float],
 ) -> EvalMetrics:
     """Returns the sums of one batch: "image" uint8 [N, H, W, 3], "label" [N], "mask" bool [N]."""
-    logits = model.apply({"params": params}, normalize(batch["image"], mean, std))
+    images = normalize(batch["image"], mean, std)
+    logits = jnp.asarray(model.apply({"params": params}, images))
     _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
     hits = best == batch["label"][:, None]
     return EvalMetrics.single_from_model_output(
@@ -168,6 +169,17 @@ def eval_step(
         top5=hits.any(axis=1).astype(jnp.float32),
         mask=batch["mask"],
     )
+
+
+def over_mesh(function: Callable[..., Any], mesh: Mesh, **parts: Any) -> Callable[..., Any]:
+    """Returns `function` with its parts, and the mesh in context as the kernels need it."""
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **parts)
+
+    return on_mesh
 
 
 def compile_train_step(
@@ -180,7 +192,7 @@ def compile_train_step(
     """Returns the jitted `train_step` over the mesh; it donates the state and nothing else."""
     replicated = NamedSharding(mesh, P())
     return jax.jit(
-        functools.partial(train_step, model=model, optimizer=optimizer, recipe=recipe),
+        over_mesh(train_step, mesh, model=model, optimizer=optimizer, recipe=recipe),
         in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
@@ -192,7 +204,7 @@ def compile_eval_step(
 ) -> Callable[..., EvalMetrics]:
     """Returns the jitted `eval_step` over the mesh; `shardings` are the parameters'."""
     return jax.jit(
-        functools.partial(eval_step, model=model, mean=recipe.mean, std=recipe.std),
+        over_mesh(eval_step, mesh, model=model, mean=recipe.mean, std=recipe.std),
         in_shardings=(shardings, NamedSharding(mesh, BATCH)),
         out_shardings=NamedSharding(mesh, P()),
     )
