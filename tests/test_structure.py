@@ -20,7 +20,7 @@ RANKS = (
     ("training.step",),
     ("training.build", "training.checkpoint", "training.losses"),
     ("training.progress", "training.recorder"),
-    ("evaluation", "prediction", "export"),
+    ("evaluation", "ground_truth", "prediction", "export", "validation"),
     ("training.loop",),
     ("cli", "__main__", ""),
 )
