@@ -34,6 +34,7 @@ def small_config(**keys):
         "batch_size": 16,
         "eval.batch_size": 16,
         "schedule.duration": "4 epochs",
+        "optimizer.ema_decay": 0.9,
         "schedule.warmup": "1 epochs",
         "log.every": "2 steps",
     }
@@ -56,7 +57,7 @@ def run_main(*arguments, **environment):
 def finished(tmp_path_factory):
     """A run of 16 steps, four epochs, with averaged parameters."""
     workdir = tmp_path_factory.mktemp("run") / "straight"
-    train(small_config(**{"optimizer.ema_decay": 0.9}), workdir)
+    train(small_config(), workdir)
     return workdir
 
 
@@ -84,7 +85,7 @@ def test_the_newest_two_and_the_best_checkpoint_stay(finished):
 def test_a_finished_run_says_so_and_changes_nothing(finished, caplog):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     with caplog.at_level("INFO"):
-        train(small_config(**{"optimizer.ema_decay": 0.9}), finished)
+        train(small_config(), finished)
     assert "finished already: 16 steps, top-1" in caplog.text
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert before == after
@@ -93,7 +94,7 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, caplog):
 def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch after an evaluation, with a later row already written."""
     workdir = tmp_path / "stopped"
-    config = small_config(**{"optimizer.ema_decay": 0.9, "checkpoint.every": "6 steps"})
+    config = small_config(**{"checkpoint.every": "6 steps"})
     push = Losses.push
 
     def stop_at_ten(losses, step, loss):
