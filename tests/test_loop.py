@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from imagenet_fixture import jpeg, write_imagenet
 
 from mambaout_jax import config as configuration
@@ -56,7 +57,7 @@ def run_main(*arguments, **environment):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of 16 steps, four epochs, with averaged parameters."""
-    workdir = tmp_path_factory.mktemp("run") / "straight"
+    workdir = epath.Path(tmp_path_factory.mktemp("run")) / "straight"
     train(small_config(), workdir)
     return workdir
 
@@ -152,6 +153,7 @@ def test_fine_tuning_starts_from_the_weights_and_swaps_the_last_layer(finished, 
         "data.eval_split": "val",
         "data.num_classes": 2,
         "data.image_size": 40,
+        "optimizer.ema_decay": 0.0,
         "schedule.duration": "1 steps",
         "schedule.warmup": "",
         "schedule.learning_rate": 0.0,
@@ -184,6 +186,25 @@ def test_mistakes_are_named_before_the_workdir_exists(keys, message, tmp_path, m
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no_data"))
     with pytest.raises(UserError, match=re.escape(message)):
         train(small_config(**keys), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_is_none_is_named_and_leaves_no_workdir(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            for number in range(8):
+                (tmp_path / "pets" / split / name / f"{number}.jpg").write_bytes(jpeg(number))
+    (tmp_path / "pets/train/dog/3.jpg").write_text("this is no picture")
+    keys = {
+        "data.source": "folder",
+        "data.dir": str(tmp_path / "pets"),
+        "data.train_split": "train",
+        "data.eval_split": "val",
+        "data.num_classes": 2,
+    }
+    with pytest.raises(UserError, match=r"dog/3\.jpg"):
+        train(small_config(**keys), epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
