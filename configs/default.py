@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
     config.model.remat = False  # recompute each block in the backward pass, to save memory
 
+    config.model.depthwise = "auto"  # implementation of the depthwise convolutions; "xla": plain
+
     config.data = ConfigDict()
     config.data.source = "tfds"  # "tfds" (prepared as ArrayRecord) or "folder" (dir/split/class/x)
     config.data.name = "imagenet2012"  # TFDS name; "digits" ships with the package

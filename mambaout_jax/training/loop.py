@@ -2,15 +2,15 @@
 
 import collections
 import dataclasses
+import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from absl import logging
 from clu import parameter_overview
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -29,7 +29,10 @@ from mambaout_jax.training.schedule import make_schedule, schedule_steps
 from mambaout_jax.training.sharding import check_batch, global_batch, make_mesh, state_shardings
 from mambaout_jax.training.state import TrainState, init_params, init_state
 from mambaout_jax.training.step import Recipe, compile_eval_step, compile_train_step
+from mambaout_jax.weights.finetune import initial_params
 from mambaout_jax.weights.store import WeightsInfo
+
+logger = logging.getLogger(__name__)
 
 # Roles of the root key, which is the seed's.
 INIT_KEY, TRAIN_KEY = 0, 1
@@ -58,9 +61,10 @@ class Run:
             batch_size=self.config.batch_size,
         )
 
-    def initial_state(self, key: jax.Array) -> TrainState:
-        """Returns the state before the first step. Traceable."""
-        params = init_params(key, self.model, self.config.data.image_size)
+    def initial_state(self, key: jax.Array, params: Any = None) -> TrainState:
+        """Returns the state before the first step, with new parameters or these. Traceable."""
+        if params is None:
+            params = init_params(key, self.model, self.config.data.image_size)
         return init_state(params, self.optimizer, ema=self.config.optimizer.ema_decay > 0)
 
 
@@ -97,7 +101,7 @@ def build_run(config: ConfigDict) -> Run:
     )
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains, evaluates and saves; resumes the run that the workdir holds.
 
     Raises:
@@ -108,25 +112,29 @@ def train(config: ConfigDict, workdir: Path) -> None:
     init_key, train_key = (jax.random.fold_in(root, role) for role in (INIT_KEY, TRAIN_KEY))
     abstract = jax.eval_shape(run.initial_state, init_key)
     shardings = state_shardings(abstract, run.mesh)
+    params = None
+    if config.init_from and not checkpoint.has_checkpoint(workdir):
+        params, report = initial_params(config.init_from, run.model, init_key)
+        logger.info("%s", report)
     configuration.claim_workdir(workdir, config)
     with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as saved:
         latest = saved.latest_step()
         if latest is not None and latest >= run.total_steps:
-            logging.info("finished already: %s", summary(run, workdir, saved.best_step()))
+            logger.info("finished already: %s", summary(run, workdir, saved.best_step()))
             return
         losses = Losses()
         if latest is None:
-            state = jax.jit(run.initial_state, out_shardings=shardings)(init_key)
-            logging.info("%s", parameter_overview.get_parameter_overview(state.params))
+            state = jax.jit(run.initial_state, out_shardings=shardings)(init_key, params)
+            logger.info("%s", parameter_overview.get_parameter_overview(state.params))
         else:
             target = checkpoint.abstract_state(abstract, shardings)
             state, data = checkpoint.restore(saved, latest, target)
             run.batches.restore(data["batches"])
             losses = Losses(**data["losses"])
-            logging.info("resumed at step %d of %d", latest, run.total_steps)
+            logger.info("resumed at step %d of %d", latest, run.total_steps)
         train_loop(run, state, shardings, train_key, losses, workdir, saved)
         saved.wait_until_finished()
-        logging.info("finished: %s", summary(run, workdir, saved.best_step()))
+        logger.info("finished: %s", summary(run, workdir, saved.best_step()))
 
 
 def train_loop(
@@ -135,7 +143,7 @@ def train_loop(
     shardings: TrainState,
     key: jax.Array,
     losses: Losses,
-    workdir: Path,
+    workdir: epath.Path,
     saved: Any,
 ) -> None:
     """Runs the steps that are left, evaluating and saving when it is time."""
@@ -210,7 +218,7 @@ def weights_info(run: Run, results: dict[str, float] | None) -> WeightsInfo:
     )
 
 
-def summary(run: Run, workdir: Path, best_step: int | None) -> str:
+def summary(run: Run, workdir: epath.Path, best_step: int | None) -> str:
     """Returns one line on a finished run."""
     rows = {row["step"]: row for row in read_rows(workdir / "metrics.csv")}
     last, best = rows[run.total_steps], rows.get(best_step, rows[run.total_steps])

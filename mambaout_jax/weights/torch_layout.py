@@ -6,17 +6,16 @@ The original layout is the paper's repository's, "timm" is timm's. Numpy in, num
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
-
-Layout = Literal["timm", "original"]
+from mambaout_jax.weights.identify import Layout, candidates, find_classes, find_layout
+from mambaout_jax.weights.shapes import mismatches, param_shapes
 
 # Ours, original, timm. {s} is a stage and {b} a block; a row stands for a module or a parameter.
 TABLE: tuple[tuple[str, str | None, str], ...] = (
@@ -77,27 +76,12 @@ def torch_name(path: tuple[str, ...], layout: Layout) -> str:
 
 def torch_tensors(model: MambaOut, layout: Layout) -> Iterator[Tensor]:
     """Yields every parameter of `model` with its place in `layout`."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    for path, leaf in flatten_dict(shapes).items():
-        shape = tuple(leaf.shape[axis] for axis in TO_TORCH[leaf.ndim])
-        yield Tensor(path, torch_name(path, layout), shape)
+    for path, shape in param_shapes(model).items():
+        yield Tensor(path, torch_name(path, layout), _torch_shape(shape))
 
 
-def find_layout(names: Mapping[str, Any]) -> Layout:
-    """Tells the layout of a state dict by its names.
-
-    Raises:
-        UserError: when it is neither.
-    """
-    if any(name.startswith("downsample_layers.") for name in names):
-        return "original"
-    if any(name.startswith("stem.") for name in names):
-        return "timm"
-    raise UserError(
-        "these are no MambaOut weights: expected tensors named downsample_layers.* (the paper's "
-        f"layout) or stem.* (timm's), found {', '.join(list(names)[:3]) or 'no tensor'}"
-    )
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in TO_TORCH.get(len(shape), range(len(shape))))
 
 
 def from_torch(
@@ -106,7 +90,7 @@ def from_torch(
     """Converts a torch state dict, of either layout, to parameters.
 
     Args:
-        state_dict: torch's names to arrays.
+        state_dict: torch's names to arrays of float16, bfloat16, float32 or float64.
         name: the variant, or the model itself.
         num_classes: width of the logits where `name` is a variant; 1000 where it is None.
 
@@ -114,22 +98,32 @@ def from_torch(
         The nested dict of float32 arrays that `model.apply({"params": ...}, ...)` takes.
 
     Raises:
-        UserError: when a tensor is missing, unexpected or of another shape; all are listed.
+        UserError: when a tensor is missing, unexpected, of another shape or type, or not finite;
+            all are listed, with the variant that would fit if there is one.
     """
     model = create_model(name, num_classes=num_classes) if isinstance(name, str) else name
     layout = find_layout(state_dict)
     tensors = {tensor.name: tensor for tensor in torch_tensors(model, layout)}
-    errors = [f"{name} is missing" for name in tensors if name not in state_dict]
-    errors += [f"{name} is unexpected" for name in state_dict if name not in tensors]
-    for name, tensor in tensors.items():
-        if name in state_dict and np.shape(state_dict[name]) != tensor.shape:
-            errors.append(f"{name} is {np.shape(state_dict[name])}, expected {tensor.shape}")
+    shapes = {name: np.shape(array) for name, array in state_dict.items()}
+    errors = mismatches(shapes, {name: tensor.shape for name, tensor in tensors.items()})
     if errors:
-        raise UserError(f"the weights do not fit the model: {'; '.join(sorted(errors))}")
-    params = {}
-    for name, tensor in tensors.items():
-        array = np.asarray(state_dict[name], np.float32)
-        params[tensor.path] = np.ascontiguousarray(array.transpose(TO_OURS[array.ndim]))
+        title = name if isinstance(name, str) else "the model"
+        fitting = _fitting(shapes, layout)
+        hint = f", they fit {fitting}" if fitting else ""
+        raise UserError(f"the weights do not fit {title}{hint}: {'; '.join(errors)}")
+    params, errors = {}, []
+    for name, tensor in sorted(tensors.items()):
+        array = np.asarray(state_dict[name])
+        if not jnp.issubdtype(array.dtype, np.floating) or array.dtype.itemsize < 2:
+            errors.append(f"{name} is of type {array.dtype}, expected float32")
+            continue
+        with np.errstate(over="ignore"):
+            array = np.array(array.transpose(TO_OURS[array.ndim]), np.float32, order="C")
+        if not np.isfinite(array).all():
+            errors.append(f"{name} holds values that are not finite (NaN or infinity)")
+        params[tensor.path] = array
+    if errors:
+        raise UserError(f"the weights cannot be used: {'; '.join(errors)}")
     return unflatten_dict(params)
 
 
@@ -138,14 +132,36 @@ def to_torch(
 ) -> dict[str, np.ndarray]:
     """Converts parameters to a torch state dict of numpy arrays: `from_torch` backwards.
 
+    Args:
+        params: nested dict of arrays.
+        name: the variant, with any number of classes, or the model itself.
+        layout: "timm", or "original": the paper's, which has no place for the _rw series.
+
     Raises:
-        UserError: when the layout has no name for a parameter.
+        UserError: when the parameters are not the model's, or the layout has no name for one.
     """
-    flat = flatten_dict(params)
-    state_dict = {}
-    for path, leaf in flat.items():
-        array = np.asarray(leaf)
-        state_dict[torch_name(path, layout)] = np.ascontiguousarray(
-            array.transpose(TO_TORCH[array.ndim])
-        )
-    return state_dict
+    if layout not in ("timm", "original"):
+        raise UserError(f"unknown layout {layout!r}: it is 'timm' or 'original'")
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
+    if isinstance(name, str):
+        classes = flat.get(("head", "fc2", "bias"), np.empty(0)).size
+        model, title = create_model(name, num_classes=classes), name
+    else:
+        model, title = name, "the model"
+    if errors := mismatches({path: leaf.shape for path, leaf in flat.items()}, param_shapes(model)):
+        raise UserError(f"the parameters do not fit {title}: {'; '.join(errors)}")
+    return {
+        torch_name(path, layout): np.array(leaf.transpose(TO_TORCH[leaf.ndim]), order="C")
+        for path, leaf in flat.items()
+    }
+
+
+def _fitting(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> str:
+    """Returns the variant and the classes that the tensors fit exactly, "" for none."""
+    num_classes = find_classes(shapes)
+    for name in candidates(shapes):
+        model = create_model(name, num_classes=num_classes)
+        expected = {tensor.name: tensor.shape for tensor in torch_tensors(model, layout)}
+        if not mismatches(shapes, expected):
+            return f"{name} with num_classes={num_classes}"
+    return ""

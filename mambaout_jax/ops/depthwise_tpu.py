@@ -1,0 +1,90 @@
+"""Depthwise convolution on TPUs: the Pallas kernels, batch-padded and spread over the mesh.
+
+XLA cannot partition a Pallas kernel by itself, and libtpu has no `custom_partitioning`. So each
+device of the mesh in context (`jax.sharding.use_abstract_mesh`, `jax.set_mesh`) takes its part of
+the batch under `shard_map`, and the filter gradient is summed over them; without a mesh in context
+the kernels serve one device. Elsewhere than on a TPU they run in Pallas' interpreter, slowly.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from mambaout_jax.ops import depthwise_pallas_tpu
+
+
+def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves x [N, H, W, C] with kernel [k, k, 1, C] of x's dtype, padding k // 2."""
+    axes = _batch_axes(x)
+    maps = PartitionSpec(axes)
+    return _on_mesh(_convolve, (maps, PartitionSpec()), maps)(x, kernel.astype(jnp.float32))
+
+
+def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns the gradient of x [N, H, W, C] for the result's gradient dy [N, H, W, C]."""
+    return forward(dy, kernel[::-1, ::-1])
+
+
+def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
+    """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
+    axes = _batch_axes(x)
+    maps = PartitionSpec(axes)
+
+    def summed(x: jax.Array, dy: jax.Array) -> jax.Array:
+        gradient = _filter_gradient(x, dy, kernel_size)
+        return lax.psum(gradient, axes) if axes else gradient
+
+    return _on_mesh(summed, (maps, maps), PartitionSpec())(x, dy)
+
+
+def _batch_axes(x: jax.Array) -> tuple[str, ...]:
+    """Returns the axes of the mesh in context that split the batch: all, or none if uneven."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual and mesh.shape[name] > 1
+    ]
+    parts = math.prod(mesh.shape[name] for name in automatic)
+    return tuple(automatic) if x.shape[0] % parts == 0 else ()
+
+
+def _on_mesh(function: Callable, in_specs: tuple, out_specs: PartitionSpec) -> Callable:
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    # Pallas calls do not say over which axes their results vary, hence no check.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+@jax.jit
+def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    convolve = depthwise_pallas_tpu.convolve
+    y = lax.platform_dependent(
+        _images_before_channels(x),
+        kernel,
+        tpu=convolve,
+        default=functools.partial(convolve, interpret=True),
+    )
+    return y.transpose(2, 0, 1, 3)[: x.shape[0]]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
+    gradient = functools.partial(depthwise_pallas_tpu.filter_gradient, size=kernel_size)
+    return lax.platform_dependent(
+        _images_before_channels(x),
+        _images_before_channels(dy),
+        tpu=gradient,
+        default=functools.partial(gradient, interpret=True),
+    )
+
+
+def _images_before_channels(x: jax.Array) -> jax.Array:
+    """[N, H, W, C] to [H, W, N, C], N padded to a whole number of sublanes."""
+    x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0), (0, 0), (0, 0)))
+    return x.transpose(1, 2, 0, 3)

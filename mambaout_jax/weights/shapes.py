@@ -1,0 +1,43 @@
+"""The shapes that a model's parameters have, and how others differ from them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from mambaout_jax.models.mambaout import MambaOut
+
+
+def param_shapes(model: MambaOut) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Returns the paths and shapes of all parameters of `model`; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x)["params"], images)
+    return tree_shapes(params)
+
+
+def tree_shapes(params: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Returns the paths and shapes of a tree of anything that has a shape."""
+    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(params).items()}
+
+
+def mismatches(found: Mapping[Any, Any], expected: Mapping[Any, Any]) -> list[str]:
+    """Returns what is missing, unexpected or misshapen, a line each, in order.
+
+    Args:
+        found: names or paths to shapes.
+        expected: likewise.
+    """
+    errors = [f"{_name(key)} is missing" for key in expected.keys() - found.keys()]
+    errors += [f"{_name(key)} is unexpected" for key in found.keys() - expected.keys()]
+    errors += [
+        f"{_name(key)} is {found[key]}, expected {shape}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    return sorted(errors)
+
+
+def _name(key: str | tuple[str, ...]) -> str:
+    return key if isinstance(key, str) else "/".join(key)

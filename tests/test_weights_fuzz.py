@@ -1,0 +1,287 @@
+"""Files mutated 200 ways in each format: never a silently wrong model, never a raw traceback.
+
+What counts as right, by the kind of mutation:
+
+- `REFUSED`: a UserError of one line.
+- `SAME`: a UserError, or parameters that are bit for bit those of the sound file (the mutation hit
+  what carries no meaning, such as padding).
+- `VALUES`: as `SAME`, or the file is a sound one of other numbers. A format without checksums
+  (.safetensors, torch's old .pth) cannot tell these; then nothing but the numbers that were hit
+  may differ, and the digest must.
+"""
+
+import importlib.util
+import io
+import json
+import os
+import struct
+
+import golden
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save
+
+import mambaout_jax
+from mambaout_jax.errors import UserError
+from mambaout_jax.weights.store import digest
+
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch is not installed"
+)
+SEEDS = 20  # of each kind of mutation
+REFUSED, SAME, VALUES = "refused", "same", "values"
+
+
+def sound_tensors():
+    meta, _ = golden.load("test_mambaout-timm-160")
+    return golden.weights(meta["state_dict"], meta["seed"])
+
+
+TENSORS = sound_tensors()
+PARAMS = flatten_dict(mambaout_jax.from_torch(TENSORS, "test_mambaout"))
+DIGEST = digest(mambaout_jax.from_torch(TENSORS, "test_mambaout"))
+
+
+def check(path, expected, numbers=1):
+    """Reads a mutated file and returns whether it was refused.
+
+    `numbers` is how many numbers the mutation may have hit.
+    """
+    try:
+        params, info = mambaout_jax.read_weights(path)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = ""
+    assert "\n" not in message
+    assert "Traceback" not in message
+    if message:
+        return True
+    assert expected != REFUSED
+    assert info.model == "test_mambaout"
+    flat = flatten_dict(params)
+    differing = sum(np.sum(flat[key].view("u4") != PARAMS[key].view("u4")) for key in PARAMS)
+    assert differing <= (numbers if expected == VALUES else 0)
+    assert (digest(params) == DIGEST) == (differing == 0)
+    return False
+
+
+# Mutations of a .safetensors file: (random, bytes of the sound file) to bytes.
+
+
+def split(data):
+    """Returns the header's text and the numbers' bytes."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return data[8 : 8 + length], data[8 + length :]
+
+
+def join(header, numbers):
+    header = json.dumps(header).encode() if isinstance(header, dict) else bytes(header)
+    return struct.pack("<Q", len(header)) + header + numbers
+
+
+def flip(random, data, start, end, change=None):
+    """Returns `data` with a bit, or by `change` some of a byte's, flipped in [start, end)."""
+    data = bytearray(data)
+    data[random.integers(start, end)] ^= change or 1 << random.integers(8)
+    return bytes(data)
+
+
+def truncate(random, data):
+    return data[: random.integers(len(data))]
+
+
+def append(random, data):
+    return data + random.bytes(random.integers(1, 100))
+
+
+def flip_length(random, data):
+    return flip(random, data, 0, 8)
+
+
+def change_header(random, data):
+    header, numbers = split(data)
+    return join(flip(random, header, 0, len(header), random.integers(1, 256)), numbers)
+
+
+def change_number(random, data):
+    return flip(random, data, len(data) - len(split(data)[1]), len(data))
+
+
+def swap_offsets(random, data):
+    header, numbers = split(data)
+    header = json.loads(header)
+    while True:
+        a, b = random.choice(sorted(header), 2)
+        if header[a]["shape"] != header[b]["shape"]:
+            break
+    keys = "data_offsets"
+    header[a][keys], header[b][keys] = header[b][keys], header[a][keys]
+    return join(header, numbers)
+
+
+def resave(change):
+    """Returns a mutation that changes a random tensor of the sound ones and saves them."""
+
+    def mutate(random, data):
+        tensors = dict(TENSORS)
+        change(random, tensors, str(random.choice(sorted(tensors))))
+        return save(tensors)
+
+    mutate.__name__ = change.__name__
+    return mutate
+
+
+@resave
+def drop(random, tensors, name):
+    del tensors[name]
+
+
+@resave
+def rename(random, tensors, name):
+    tensors[name + str(random.integers(10))] = tensors.pop(name)
+
+
+@resave
+def misshape(random, tensors, name):
+    array = tensors[name]
+    changes = [array[:-1], np.concatenate([array, array[:1]]), array[None], array.reshape(-1, 1, 1)]
+    tensors[name] = np.ascontiguousarray(changes[random.integers(len(changes))])
+
+
+@resave
+def not_finite(random, tensors, name):
+    array = tensors[name].copy()
+    array.flat[random.integers(array.size)] = random.choice([np.nan, np.inf, -np.inf])
+    tensors[name] = array
+
+
+@resave
+def other_type(random, tensors, name):
+    types = [np.int32, np.uint8, np.int64, np.bool_, np.complex64]
+    tensors[name] = tensors[name].astype(types[random.integers(len(types))])
+
+
+SAFETENSORS = [
+    (truncate, REFUSED),
+    (append, REFUSED),
+    (flip_length, REFUSED),
+    (change_header, SAME),
+    (change_number, VALUES),
+    (swap_offsets, REFUSED),
+    (drop, REFUSED),
+    (rename, REFUSED),
+    (misshape, REFUSED),
+    (not_finite, REFUSED),
+]
+
+
+def run(path, mutations, sound, **options):
+    """Reads SEEDS files of each mutation, none of them equal to the sound one."""
+    for mutate, expected in mutations:
+        refused = 0
+        for seed in range(SEEDS):
+            mutated = mutate(np.random.default_rng(seed), sound)
+            assert mutated != sound
+            path.write_bytes(mutated)
+            refused += check(path, expected, **options)
+        print(f"{path.suffix} {mutate.__name__}: {refused} of {SEEDS} refused")
+
+
+def test_the_sound_file_is_read(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(save(TENSORS))
+    assert not check(tmp_path / "w.safetensors", SAME)
+
+
+def test_safetensors(tmp_path):
+    assert SEEDS * len(SAFETENSORS) == 200
+    run(tmp_path / "w.safetensors", SAFETENSORS, save(TENSORS))
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+def test_safetensors_of_other_types(tmp_path):
+    run(tmp_path / "w.safetensors", [(other_type, REFUSED)], save(TENSORS))
+
+
+# Mutations of a .pth file.
+
+
+def torch_bytes(content, zipped):
+    import torch
+
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
+
+
+def torch_tensors():
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in TENSORS.items()}
+
+
+def change_byte(random, data):
+    return flip(random, data, 0, len(data), random.integers(1, 256))
+
+
+def change_start(random, data):
+    return flip(random, data, 0, 20_000, random.integers(1, 256))
+
+
+def change_end(random, data):
+    return flip(random, data, len(data) - 10_000, len(data), random.integers(1, 256))
+
+
+def zero_page(random, data):
+    start = 512 * random.integers(len(data) // 512 - 1)
+    return data[:start] + bytes(512) + data[start + 512 :]
+
+
+class Code:
+    """Creates a directory when it is unpickled without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@needs_torch
+def test_pth(tmp_path):
+    mutations = [
+        (truncate, REFUSED),
+        (change_byte, SAME),
+        (change_start, SAME),
+        (change_end, SAME),
+        (zero_page, SAME),
+    ]
+    run(tmp_path / "w.pth", mutations, torch_bytes(torch_tensors(), zipped=True))
+
+
+@needs_torch
+def test_pth_of_the_old_format(tmp_path):
+    mutations = [(truncate, REFUSED), (change_byte, VALUES), (change_start, VALUES)]
+    run(tmp_path / "w.pth", mutations, torch_bytes(torch_tensors(), zipped=False))
+
+
+@needs_torch
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pth_with_code_anywhere(tmp_path, zipped):
+    for seed in range(SEEDS):
+        random = np.random.default_rng(seed)
+        code = Code(str(tmp_path / "ran"))
+        content = dict(torch_tensors())
+        place = random.integers(4)
+        if place == 0:
+            content = {"state_dict": content, "hook": code}
+        elif place == 1:
+            content[str(random.choice(sorted(content)))] = code
+        elif place == 2:
+            content = [content, code]
+        else:
+            content = code
+        (tmp_path / "w.pth").write_bytes(torch_bytes(content, zipped))
+        assert check(tmp_path / "w.pth", REFUSED)
+        assert not (tmp_path / "ran").exists()

@@ -1,0 +1,188 @@
+"""Weights in Orbax: there and back, a run's best step, and everything that is refused."""
+
+import dataclasses
+import subprocess
+import sys
+
+import golden
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import mambaout_jax
+from mambaout_jax.data.preprocess import Preprocessing
+from mambaout_jax.errors import UserError
+from mambaout_jax.models.mambaout import VARIANTS
+from mambaout_jax.models.pretrained import PRETRAINED, find_pretrained
+from mambaout_jax.weights.store import WeightsInfo, load_weights, save_weights
+
+SMALL = {"depths": (1, 1, 2, 1), "widths": (8, 12, 16, 24)}
+INFO = WeightsInfo(
+    model="test_mambaout",
+    num_classes=3,
+    preprocessing=Preprocessing(size=(160, 96), crop_pct=0.9, crop_mode="squash"),
+    overrides=SMALL,
+    class_names=("ant", "bee", "cat"),
+    source="here",
+    metrics={"top1": 12.5},
+)
+
+
+def small_params(seed=0):
+    return golden.params(INFO.create_model(), seed)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def save_step(workdir, step, info, **items):
+    """Writes a checkpoint as a run does."""
+    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        args["meta"] = ocp.args.JsonSave(info.to_json())
+        manager.save(step, args=ocp.args.Composite(**args))
+
+
+def test_round_trip(tmp_path):
+    params = small_params()
+    written = save_weights(tmp_path / "w", params, INFO)
+    restored, info = load_weights(tmp_path / "w")
+    assert_equal(restored, params)
+    assert info == written == dataclasses.replace(INFO, digest=written.digest)
+    assert len(info.digest) == 64
+    assert {leaf.dtype for leaf in jax.tree.leaves(restored)} == {np.dtype("float32")}
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def test_the_steps_of_a_run_are_weights_too(tmp_path):
+    unmeasured = dataclasses.replace(INFO, metrics={})
+    optimizer = {"count": np.int32(3)}
+    for step, seed in ((1, 10), (2, 20)):
+        save_step(tmp_path, step, unmeasured, params=small_params(seed), optimizer=optimizer)
+    assert_equal(load_weights(tmp_path)[0], small_params(20))
+    assert_equal(load_weights(tmp_path / "checkpoints" / "1")[0], small_params(10))
+    for step, top1 in ((3, 70.0), (4, 60.0)):
+        info = dataclasses.replace(INFO, metrics={"top1": top1})
+        save_step(tmp_path, step, info, params=small_params(10 * step))
+    params, info = load_weights(tmp_path)
+    assert_equal(params, small_params(30))
+    assert info.metrics == {"top1": 70.0}
+
+
+def test_sharded_steps_and_averages_come_back_whole(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    averages = small_params(1)
+    put = {"params": small_params(0), "ema_params": averages}
+    put = jax.tree.map(lambda x: jax.device_put(x, split) if x.shape[0] % 8 == 0 else x, put)
+    save_step(tmp_path, 7, dataclasses.replace(INFO, averaged=True), **put)
+    assert_equal(load_weights(tmp_path)[0], averages)
+
+
+def test_an_existing_output_is_refused_and_kept(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "mine").write_text("keep")
+    with pytest.raises(UserError, match="exists"):
+        save_weights(tmp_path / "w", small_params(), INFO)
+    assert (tmp_path / "w" / "mine").read_text() == "keep"
+
+
+def test_a_target_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_weights(tmp_path / "file" / "w", small_params(), INFO)
+
+
+def test_a_write_that_fails_midway_leaves_nothing(tmp_path, monkeypatch):
+    def fail(self, *args, **kwargs):
+        assert list(tmp_path.iterdir()), "nothing was begun"
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "async_save", fail)
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "save", fail)
+    with pytest.raises(UserError, match="No space left on device"):
+        save_weights(tmp_path / "w", small_params(), INFO)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no weights in .*expected a converted checkpoint"):
+        load_weights(tmp_path)
+    with pytest.raises(UserError, match="no weights in"):
+        load_weights(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("item", ["params", "meta"])
+def test_damaged_checkpoints_are_refused(tmp_path, item):
+    save_weights(tmp_path / "w", small_params(), INFO)
+    files = [path for path in (tmp_path / "w" / item).rglob("*") if path.is_file()]
+    for path in files:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_weights(tmp_path / "w")
+
+
+def test_values_that_changed_are_refused(tmp_path):
+    wrong = dataclasses.replace(INFO, digest="0" * 64)
+    save_step(tmp_path, 1, wrong, params=small_params())
+    with pytest.raises(UserError, match="digest"):
+        load_weights(tmp_path)
+
+
+def test_weights_that_do_not_fit_their_description_are_refused(tmp_path):
+    params = small_params()
+    del params["stem"]["conv1"]["bias"]
+    params["head"]["fc2"]["bias"] = np.zeros(4, np.float32)
+    params["more"] = np.zeros(1, np.float32)
+    save_weights(tmp_path / "w", params, INFO)
+    with pytest.raises(UserError) as error:
+        load_weights(tmp_path / "w")
+    for part in ("head/fc2/bias is (4,), expected (3,)", "more is unexp", "stem/conv1/bias is mis"):
+        assert part in str(error.value)
+
+
+def test_a_damaged_description_is_refused():
+    record = INFO.to_json()
+    for damaged in ({}, {**record, "more": 1}, {**record, "preprocessing": None}):
+        with pytest.raises(UserError, match="damaged"):
+            WeightsInfo.from_json(damaged)
+
+
+def test_every_variant_has_its_preprocessing():
+    assert {entry.variant for entry in PRETRAINED.values()} == set(VARIANTS) - {"test_mambaout"}
+    assert mambaout_jax.list_pretrained() == list(PRETRAINED)
+    for name, variant in VARIANTS.items():
+        record = mambaout_jax.preprocessing(name)
+        assert record.shape == (variant.image_size, variant.image_size)
+        assert record.crop_pct == (0.95 if "base_" in name and "plus" not in name else 1.0)
+        assert record.crop_mode == "center"
+        assert record.interpolation == "bicubic"
+
+
+def test_pretrained_names_keep_their_own_preprocessing_and_classes():
+    r384 = "mambaout_base_plus_rw.sw_e150_r384_in12k_ft_in1k"
+    assert mambaout_jax.preprocessing(r384) == Preprocessing(size=384, crop_mode="squash")
+    assert mambaout_jax.preprocessing(f"timm/{r384}").shape == (384, 384)
+    assert find_pretrained(r384).top1 == 87.508
+    assert find_pretrained("mambaout_base_plus_rw.sw_e150_in12k").num_classes == 11_821
+    assert mambaout_jax.preprocessing("mambaout_base_wide_rw.sw_e500_in1k").crop_pct == 0.95
+    with pytest.raises(UserError, match=r"did you mean 'mambaout_tiny\.in1k'"):
+        mambaout_jax.preprocessing("mambaout_tiny.in2k")
+    with pytest.raises(UserError, match="did you mean 'mambaout_tiny'"):
+        mambaout_jax.preprocessing("mambaout_tyny")
+
+
+def test_importing_the_package_costs_jax_and_flax_alone():
+    heavy = ("orbax", "safetensors", "huggingface_hub", "PIL", "torch", "grain", "tensorflow")
+    code = (
+        "import sys, jax, flax.linen, flax.traverse_util; before = set(sys.modules); "
+        "import mambaout_jax; "
+        "mambaout_jax.preprocessing('mambaout_tiny'); mambaout_jax.create_model('mambaout_tiny'); "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(heavy) & set(done.stdout.split())
+    assert "mambaout_jax" in done.stdout
