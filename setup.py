@@ -11,9 +11,19 @@ extras = {
     "verify": ["torch>=2.6", "timm>=1.0.14"],
     "wandb": ["wandb>=0.19"],
     "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=3"],
-    "fast": ["simplejpeg>=1.9"],
+    "fast": ["simplejpeg>=1.9", "numba>=0.63"],
     "prepare": ["tensorflow", "apache-beam", "mlcroissant", "importlib_resources"],
-    "test": ["pytest>=8.4", "hypothesis>=6.130", "scikit-learn>=1.6"],
+    "export": ["flatbuffers>=24"],
+    "demo": ["gradio>=5"],
+    "test": [
+        "pytest>=8.4",
+        "hypothesis>=6.130",
+        "scikit-learn>=1.6",
+        "flatbuffers>=24",
+        "nbclient>=0.10",
+        "nbformat>=5.10",
+        "ipykernel>=6.29",
+    ],
     "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.2"],
 }
 
@@ -26,7 +36,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mambaout_jax", "mambaout_jax.*"]),
-    package_data={"mambaout_jax.data.digits": ["1.0.0/*"]},
+    package_data={"mambaout_jax.data.digits": ["1.0.0/*"], "mambaout_jax.labels": ["*.tsv"]},
     install_requires=[
         "jax>=0.7.2",
         "flax>=0.12",

@@ -11,6 +11,7 @@ PACKAGE = Path("mambaout_jax")
 # A module may import from its own rank and from those before it.
 RANKS = (
     ("errors",),
+    ("training.processes",),
     ("config", "ops", "labels"),
     ("data",),
     ("models",),
@@ -19,7 +20,7 @@ RANKS = (
     ("training.step",),
     ("training.build", "training.checkpoint", "training.losses"),
     ("training.progress", "training.recorder"),
-    ("evaluation", "prediction", "export"),
+    ("evaluation", "evidence", "ground_truth", "prediction", "export", "validation"),
     ("training.loop",),
     ("cli", "__main__", ""),
 )
