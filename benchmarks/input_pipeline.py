@@ -47,14 +47,14 @@ def write_pictures(directory: Path, count: int) -> None:
         (folder / f"{number:05d}.JPEG").write_bytes(file.getvalue())
 
 
-def our_batches(directory: str, workers: int, policy: str, decoder: str):
+def our_batches(directory: str, workers: int, policy: str, backend: str):
     """Yields our training batches, endlessly."""
     from configs import default
     from mambaout_jax.data.pipeline import TrainBatches
 
     config = default.get_config()
     config.data.update(source="folder", dir=directory, num_classes=1, workers=workers, threads=1)
-    config.data.decoder = decoder
+    config.data.backend = backend
     config.augment.policy = policy
     config.batch_size = _BATCH
     yield from TrainBatches(config)
@@ -155,7 +155,7 @@ def main() -> None:
     """Compares both sides, or runs the one that the parent process asks for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--timm_python", default="python", help="of an environment with timm")
-    parser.add_argument("--sides", nargs="+", default=["ours", "ours+simplejpeg", "timm"])
+    parser.add_argument("--sides", nargs="+", default=["ours", "ours+fast", "timm"])
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1024, help="timed in a run")
@@ -177,8 +177,8 @@ def main() -> None:
         if side == "timm":
             batches = timm_batches(directory, options.workers[0], options.policy)
         else:
-            decoder = "simplejpeg" if side.endswith("+simplejpeg") else "pillow"
-            batches = our_batches(directory, options.workers[0], options.policy, decoder)
+            backend = "fast" if side.endswith("+fast") else "pillow"
+            batches = our_batches(directory, options.workers[0], options.policy, backend)
         if options.memory:
             follow_memory(batches, options.images)
         else:

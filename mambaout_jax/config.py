@@ -153,8 +153,11 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
     """Writes the configuration into the workdir, or checks that it holds the same run.
+
+    Returns:
+        Whether the workdir is new.
 
     Raises:
         UserError: when the workdir holds a run of another configuration, or cannot be written.
@@ -172,10 +175,11 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
                 f"{workdir} holds a run of another configuration ({'; '.join(differing)}): "
                 "choose another --workdir, or the configuration that it was started with"
             )
-        return
+        return False
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"{workdir} holds other files and no run: choose an empty --workdir")
     write_json(path, flatten(config))
+    return True
 
 
 def write_json(path: epath.Path, report: dict[str, Any]) -> None:

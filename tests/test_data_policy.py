@@ -33,7 +33,7 @@ def calls(monkeypatch):
 
 
 def run(text, count, filters=BICUBIC):
-    policy, rng = parse_policy(text, filters), np.random.default_rng(0)
+    policy, rng = parse_policy(text, filters, image_ops.OPERATIONS), np.random.default_rng(0)
     for _ in range(count):
         policy(PICTURE, rng)
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -124,6 +125,14 @@ def test_tfrecord_names_the_conversion(imagenet, tmp_path):
     (version / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
     with pytest.raises(UserError, match=r"tfds convert_format .*--out_file_format=array_record"):
         open_source(data(dir=str(tmp_path)), "train")
+
+
+def test_array_record_beside_tfrecord_is_read(imagenet, tmp_path):
+    version = shutil.copytree(imagenet / "imagenet2012" / "5.1.0", tmp_path / "5.1.0")
+    info = json.loads((version / "dataset_info.json").read_text())
+    info |= {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
+    (version / "dataset_info.json").write_text(json.dumps(info))
+    assert len(open_source(data(dir=str(version)), "train")) == 64
 
 
 def test_unknown_splits_name_the_known_ones(imagenet, folder):

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from imagenet_fixture import jpeg, write_imagenet
 
 from mambaout_jax import config as configuration
@@ -34,6 +35,7 @@ def small_config(**keys):
         "batch_size": 16,
         "eval.batch_size": 16,
         "schedule.duration": "4 epochs",
+        "optimizer.ema_decay": 0.9,
         "schedule.warmup": "1 epochs",
         "log.every": "2 steps",
     }
@@ -55,8 +57,8 @@ def run_main(*arguments, **environment):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of 16 steps, four epochs, with averaged parameters."""
-    workdir = tmp_path_factory.mktemp("run") / "straight"
-    train(small_config(**{"optimizer.ema_decay": 0.9}), workdir)
+    workdir = epath.Path(tmp_path_factory.mktemp("run")) / "straight"
+    train(small_config(), workdir)
     return workdir
 
 
@@ -84,7 +86,7 @@ def test_the_newest_two_and_the_best_checkpoint_stay(finished):
 def test_a_finished_run_says_so_and_changes_nothing(finished, caplog):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     with caplog.at_level("INFO"):
-        train(small_config(**{"optimizer.ema_decay": 0.9}), finished)
+        train(small_config(), finished)
     assert "finished already: 16 steps, top-1" in caplog.text
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     assert before == after
@@ -93,7 +95,7 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, caplog):
 def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch after an evaluation, with a later row already written."""
     workdir = tmp_path / "stopped"
-    config = small_config(**{"optimizer.ema_decay": 0.9, "checkpoint.every": "6 steps"})
+    config = small_config(**{"checkpoint.every": "6 steps"})
     push = Losses.push
 
     def stop_at_ten(losses, step, loss):
@@ -151,6 +153,7 @@ def test_fine_tuning_starts_from_the_weights_and_swaps_the_last_layer(finished, 
         "data.eval_split": "val",
         "data.num_classes": 2,
         "data.image_size": 40,
+        "optimizer.ema_decay": 0.0,
         "schedule.duration": "1 steps",
         "schedule.warmup": "",
         "schedule.learning_rate": 0.0,
@@ -183,6 +186,25 @@ def test_mistakes_are_named_before_the_workdir_exists(keys, message, tmp_path, m
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no_data"))
     with pytest.raises(UserError, match=re.escape(message)):
         train(small_config(**keys), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_is_none_is_named_and_leaves_no_workdir(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            for number in range(8):
+                (tmp_path / "pets" / split / name / f"{number}.jpg").write_bytes(jpeg(number))
+    (tmp_path / "pets/train/dog/3.jpg").write_text("this is no picture")
+    keys = {
+        "data.source": "folder",
+        "data.dir": str(tmp_path / "pets"),
+        "data.train_split": "train",
+        "data.eval_split": "val",
+        "data.num_classes": 2,
+    }
+    with pytest.raises(UserError, match=r"dog/3\.jpg"):
+        train(small_config(**keys), epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

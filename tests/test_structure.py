@@ -11,6 +11,7 @@ PACKAGE = Path("mambaout_jax")
 # A module may import from its own rank and from those before it.
 RANKS = (
     ("errors",),
+    ("training.processes",),
     ("config", "ops", "labels"),
     ("data",),
     ("models",),

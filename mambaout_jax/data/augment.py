@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance
 
-from mambaout_jax.data import decoding, randaugment
+from mambaout_jax.data import backends, image_ops, randaugment
 from mambaout_jax.errors import UserError
 
 _CROP_TRIES = 10
@@ -40,14 +40,16 @@ class TrainTransform:
                 f"augment.interpolation is {augment.interpolation!r}; it is one of "
                 f"{', '.join(_FILTERS)}."
             )
-        self._decode = decoding.decoder(config.data.decoder)
+        self._backend = backends.open_backend(config.data.backend)
         self._filters = _FILTERS[augment.interpolation]
         self._size = config.data.image_size
         self._scale = _interval("augment.crop_scale", augment.crop_scale)
         self._ratio = _interval("augment.crop_ratio", augment.crop_ratio)
         self._hflip = augment.hflip
         self._jitter = augment.color_jitter
-        self._policy = randaugment.parse_policy(augment.policy, self._filters)
+        self._policy = randaugment.parse_policy(
+            augment.policy, self._filters, image_ops.operations(self._backend.warp)
+        )
 
     def __call__(self, file_bytes: bytes, rng: np.random.Generator, name: str) -> np.ndarray:
         """Decodes and augments a picture.
@@ -63,10 +65,10 @@ class TrainTransform:
         Raises:
           BadImageError: the file is no picture, or a damaged one.
         """
-        picture = self._decode(file_bytes, name)
+        picture = self._backend.decode(file_bytes, name)
         box = draw_crop(picture.size, self._scale, self._ratio, rng)
         filter_ = self._filters[int(rng.integers(len(self._filters)))]
-        image = picture.crop(box).resize((self._size, self._size), filter_)
+        image = self._backend.resized_crop(picture, box, (self._size, self._size), filter_)
         if rng.random() < self._hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         image = self._policy(image, rng)

@@ -7,7 +7,7 @@ Sources: Cubuk et al., "RandAugment" (arXiv 1909.13719); Touvron et al., "DeiT I
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -82,7 +82,8 @@ class RandAugment:
     """Applies `layers` operations drawn from a list, each with a probability.
 
     Attributes:
-      operations: names in `image_ops.OPERATIONS`.
+      operations: names of the operations.
+      table: the operations by name.
       weights: odds of each; None stands for even odds, drawn with replacement.
       layers: operations drawn for a picture.
       probability: that a drawn operation is applied.
@@ -93,6 +94,7 @@ class RandAugment:
     """
 
     operations: Sequence[str]
+    table: Mapping[str, image_ops.Operation]
     filters: Sequence[Image.Resampling]
     weights: Sequence[float] | None = None
     layers: int = 2
@@ -110,7 +112,7 @@ class RandAugment:
             chosen = rng.choice(len(odds), size=self.layers, replace=False, p=odds)
         for index in chosen:
             if rng.random() < self.probability:
-                operation = image_ops.OPERATIONS[self.operations[index]]
+                operation = self.table[self.operations[index]]
                 sign = 1 if rng.random() < 0.5 else -1
                 filter_ = self.filters[int(rng.integers(len(self.filters)))]
                 image = operation(image, self._draw_level(rng), sign, filter_)
@@ -152,7 +154,11 @@ class NoPolicy:
 Policy = RandAugment | ThreeAugment | NoPolicy
 
 
-def parse_policy(text: str, filters: Sequence[Image.Resampling]) -> Policy:
+def parse_policy(
+    text: str,
+    filters: Sequence[Image.Resampling],
+    table: Mapping[str, image_ops.Operation] = image_ops.OPERATIONS,
+) -> Policy:
     """Reads a policy string of timm.
 
     "" is no policy and "3a" 3-Augment. RandAugment is "rand" and sections joined by "-", in any
@@ -163,6 +169,7 @@ def parse_policy(text: str, filters: Sequence[Image.Resampling]) -> Policy:
     Args:
       text: the string.
       filters: Pillow filters, one of which each geometric operation draws.
+      table: the operations by name.
 
     Returns:
       The policy, called as policy(image, rng).
@@ -195,6 +202,7 @@ def parse_policy(text: str, filters: Sequence[Image.Resampling]) -> Policy:
         raise UserError(f"augment.policy {text!r}: {layers} operations, of {len(operations)}.")
     return RandAugment(
         operations=operations,
+        table=table,
         filters=tuple(filters),
         weights=weights,
         layers=layers,

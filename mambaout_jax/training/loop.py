@@ -116,25 +116,33 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
     if config.init_from and not checkpoint.has_checkpoint(workdir):
         params, report = initial_params(config.init_from, run.model, init_key)
         logger.info("%s", report)
-    configuration.claim_workdir(workdir, config)
-    with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as saved:
-        latest = saved.latest_step()
-        if latest is not None and latest >= run.total_steps:
-            logger.info("finished already: %s", summary(run, workdir, saved.best_step()))
-            return
-        losses = Losses()
-        if latest is None:
-            state = jax.jit(run.initial_state, out_shardings=shardings)(init_key, params)
-            logger.info("%s", parameter_overview.get_parameter_overview(state.params))
-        else:
-            target = checkpoint.abstract_state(abstract, shardings)
-            state, data = checkpoint.restore(saved, latest, target)
-            run.batches.restore(data["batches"])
-            losses = Losses(**data["losses"])
-            logger.info("resumed at step %d of %d", latest, run.total_steps)
-        train_loop(run, state, shardings, train_key, losses, workdir, saved)
-        saved.wait_until_finished()
-        logger.info("finished: %s", summary(run, workdir, saved.best_step()))
+    new = configuration.claim_workdir(workdir, config)
+    try:
+        with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as saved:
+            latest = saved.latest_step()
+            if latest is not None and latest >= run.total_steps:
+                logger.info("finished already: %s", summary(run, workdir, saved.best_step()))
+                return
+            losses = Losses()
+            if latest is None:
+                begin = jax.jit(run.initial_state, out_shardings=shardings)
+                state = begin(init_key, params)
+                logger.info("%s", parameter_overview.get_parameter_overview(state.params))
+            else:
+                target = checkpoint.abstract_state(abstract, shardings)
+                state, data = checkpoint.restore(saved, latest, target)
+                run.batches.restore(data["batches"])
+                losses = Losses(**data["losses"])
+                logger.info("resumed at step %d of %d", latest, run.total_steps)
+            train_loop(run, state, shardings, train_key, losses, workdir, saved)
+            saved.wait_until_finished()
+            logger.info("finished: %s", summary(run, workdir, saved.best_step()))
+    except UserError:
+        if new and not (workdir / "metrics.csv").exists() and jax.process_index() == 0:
+            workdir.rmtree(missing_ok=True)  # nothing in it is worth keeping yet
+        raise
+    finally:
+        run.batches.close()
 
 
 def train_loop(
