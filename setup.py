@@ -17,6 +17,7 @@ extras = {
     "demo": ["gradio>=5"],
     "test": [
         "pytest>=8.4",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.130",
         "scikit-learn>=1.6",
         "flatbuffers>=24",

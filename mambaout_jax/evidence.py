@@ -36,7 +36,7 @@ def evidence_map(
     features = model.apply(variables, images, method="features")[-1]
 
     def logit(features: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, features, method=lambda module, x: module.head(x))
+        logits = jnp.asarray(model.apply(variables, features, method=lambda net, x: net.head(x)))
         return jnp.take_along_axis(logits, classes[:, None], axis=1).sum()
 
     return jnp.sum(jax.grad(logit)(features) * features, axis=-1).astype(jnp.float32)
