@@ -33,11 +33,9 @@ print(len(labels), labels[1])
 """
 
 
-# The automatic choice by platform is what users export.
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    overrides = {**small_weights.INFO.overrides, "depthwise": "auto"}
-    return small_weights.write(tmp_path_factory.mktemp("weights") / "w", overrides=overrides)
+    return small_weights.write(tmp_path_factory.mktemp("weights") / "w")
 
 
 @pytest.fixture(scope="module")
