@@ -229,8 +229,9 @@ def weights_info(run: Run, results: dict[str, float] | None) -> WeightsInfo:
 def summary(run: Run, workdir: epath.Path, best_step: int | None) -> str:
     """Returns one line on a finished run."""
     rows = {row["step"]: row for row in read_rows(workdir / "metrics.csv")}
-    last, best = rows[run.total_steps], rows.get(best_step, rows[run.total_steps])
-    return (
-        f"{run.total_steps} steps, top-1 {last['top1']:.2f}%, best {best['top1']:.2f}% at step "
-        f"{best['step']}; checkpoints, metrics.csv and curves.png are in {workdir}"
-    )
+    parts = [f"{run.total_steps} steps"]
+    if run.total_steps in rows:
+        parts.append(f"top-1 {rows[run.total_steps]['top1']:.2f}%")
+    if best_step in rows:
+        parts.append(f"best {rows[best_step]['top1']:.2f}% at step {best_step}")
+    return f"{', '.join(parts)}; checkpoints, metrics.csv and curves.png are in {workdir}"
