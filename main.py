@@ -7,9 +7,10 @@ The same command again resumes the run. Keys are changed with --config.key=value
 
 import logging
 import sys
-from pathlib import Path
 
 from absl import app, flags
+from absl import logging as absl_logging
+from etils import epath
 from ml_collections import config_flags
 
 from mambaout_jax.config import check_command_line
@@ -31,13 +32,17 @@ def main(argv: list[str]) -> None:
     """Runs what the command line asks for."""
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is no flag: expected --flag=value")
+    absl_logging.set_verbosity(absl_logging.WARNING)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("mambaout_jax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    workdir = Path(_WORKDIR.value)
+    from mambaout_jax.training.processes import join_processes
+
+    join_processes()
+    workdir = epath.Path(_WORKDIR.value)
     if _MODE.value == "eval":
         from mambaout_jax.evaluation import evaluate_weights
 

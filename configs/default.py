@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
     config.model.remat = False  # recompute each block in the backward pass, to save memory
 
+    config.model.depthwise = "auto"  # implementation of the depthwise convolutions; "xla": plain
+
     config.data = ConfigDict()
     config.data.source = "tfds"  # "tfds" (prepared as ArrayRecord) or "folder" (dir/split/class/x)
     config.data.name = "imagenet2012"  # TFDS name; "digits" ships with the package
@@ -30,6 +32,7 @@ def get_config() -> ConfigDict:
     config.data.image_size = 224  # pixels, of training and of evaluation
     config.data.workers = 0  # processes a host that decode and augment; 0: threads of this one
     config.data.threads = 16  # threads a process that read and decode
+    config.data.backend = "pillow"  # of training pictures: "pillow", or "fast" (extra `fast`)
 
     config.augment = ConfigDict()
     config.augment.crop_scale = (0.08, 1.0)  # area of the random crop, as a part of the picture

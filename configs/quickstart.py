@@ -20,19 +20,20 @@ def get_config() -> ConfigDict:
     config.data.image_size = 32
     config.data.threads = 2
 
-    config.augment.crop_scale = (0.6, 1.0)
+    config.augment.crop_scale = (0.5, 1.0)
     config.augment.hflip = 0.0  # a mirrored digit is another sign
     config.augment.policy = ""
     config.augment.random_erasing = 0.0
-    config.augment.mixup = 0.0
-    config.augment.cutmix = 0.0
+    config.augment.mixup = 0.2
+    config.augment.mixup_prob = 0.5
 
     config.batch_size = 64
     config.eval.batch_size = 128
     config.schedule.learning_rate = 2e-3
-    config.schedule.duration = "20 epochs"
+    config.schedule.duration = "40 epochs"
     config.schedule.warmup = "2 epochs"
     config.schedule.cooldown = ""
     config.schedule.per = "step"
+    config.optimizer.ema_decay = 0.99
     config.log.every = "20 steps"
     return config

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from mambaout_jax.errors import UserError
@@ -40,7 +41,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     """Returns the configuration as one dict of dotted keys, its values as JSON keeps them."""
 
     def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-        flat = {}
+        flat: dict[str, Any] = {}
         for key, value in tree.items():
             if isinstance(value, dict):
                 flat |= walk(value, f"{prefix}{key}.")
@@ -57,6 +58,25 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def load_config(path: str | Path) -> ConfigDict:
+    """Returns the configuration that a file's `get_config` makes.
+
+    Raises:
+        UserError: when the file is not there or is no configuration.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
+        hint = nearest(str(path), known)
+        raise UserError(f"no configuration file {path}{hint} (known: {', '.join(known) or 'none'})")
+    try:
+        return runpy.run_path(str(path))["get_config"]()
+    except KeyError:
+        raise UserError(f"{path} is no configuration: it defines no get_config()") from None
+    except SyntaxError as error:
+        raise UserError(f"{path} is no configuration: line {error.lineno}, {error.msg}") from None
+
+
 def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
     """Checks the configuration file and the keys that a command line names.
 
@@ -67,18 +87,7 @@ def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
     paths += [b for a, b in itertools.pairwise(argv) if re.fullmatch(rf"--?{flag}", a)]
     if not paths:
         raise UserError(f"no configuration: expected --{flag}=FILE, such as configs/quickstart.py")
-    path = Path(paths[-1])
-    if not path.is_file():
-        known = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
-        hint = nearest(str(path), known)
-        raise UserError(f"no configuration file {path}{hint} (known: {', '.join(known) or 'none'})")
-    try:
-        config = runpy.run_path(str(path))["get_config"]()
-    except KeyError:
-        raise UserError(f"{path} is no configuration: it defines no get_config()") from None
-    except SyntaxError as error:
-        raise UserError(f"{path} is no configuration: line {error.lineno}, {error.msg}") from None
-    keys = flatten(config)
+    keys = flatten(load_config(paths[-1]))
     for arg in argv:
         match = re.match(rf"--?{flag}\.([^=]+)", arg)
         if match and match[1] not in keys:
@@ -144,8 +153,11 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
     """Writes the configuration into the workdir, or checks that it holds the same run.
+
+    Returns:
+        Whether the workdir is new.
 
     Raises:
         UserError: when the workdir holds a run of another configuration, or cannot be written.
@@ -163,13 +175,23 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
                 f"{workdir} holds a run of another configuration ({'; '.join(differing)}): "
                 "choose another --workdir, or the configuration that it was started with"
             )
-        return
-    if workdir.is_dir() and any(workdir.iterdir()):
+        return False
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"{workdir} holds other files and no run: choose an empty --workdir")
+    write_json(path, flatten(config))
+    return True
+
+
+def write_json(path: epath.Path, report: dict[str, Any]) -> None:
+    """Writes a JSON file, whole or not at all.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(flatten(config), indent=2) + "\n")
-        part.rename(path)
+        part.write_text(json.dumps(report, indent=2) + "\n")
+        part.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None

@@ -1,15 +1,13 @@
 """Evaluation: every picture of a split once, whatever the batch, the devices and the processes."""
 
-import json
 import logging
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,7 +17,7 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.training.build import build_preprocessing, build_recipe
 from mambaout_jax.training.sharding import check_batch, global_batch, make_mesh, state_shardings
 from mambaout_jax.training.step import EvalMetrics, compile_eval_step
-from mambaout_jax.weights.store import load_weights
+from mambaout_jax.weights.load import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +48,7 @@ def evaluate(
     }
 
 
-def evaluate_weights(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def evaluate_weights(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     """Evaluates `config.init_from`, or the best checkpoint of the workdir, on the held-out split.
 
     The result is logged and written to WORKDIR/eval.json.
@@ -64,7 +62,7 @@ def evaluate_weights(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     batches = EvalBatches(
         config, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    params, info = load_weights(config.init_from or workdir)
+    params, info = read_weights(config.init_from or workdir)
     for key, ours, theirs in (
         ("model.name", config.model.name, info.model),
         ("data.num_classes", config.data.num_classes, info.num_classes),
@@ -93,20 +91,5 @@ def evaluate_weights(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         *(report[key] for key in ("weights", "data", "top1", "top5", "loss", "examples")),
     )
     if jax.process_index() == 0:
-        write_json(workdir / "eval.json", report)
+        configuration.write_json(workdir / "eval.json", report)
     return report
-
-
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None

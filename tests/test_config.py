@@ -4,7 +4,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from ml_collections import config_flags
 
 from configs import default
 from mambaout_jax import config as configuration
@@ -17,13 +16,9 @@ from mambaout_jax.training.state import init_params, init_state
 CONFIGS = sorted(p for p in Path("configs").glob("*.py") if p.stem not in ("__init__", "default"))
 
 
-def load(path):
-    return config_flags.DEFINE_config_file(f"config_{Path(path).stem}", str(path)).value
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_builds(path):
-    config = load(path)
+    config = configuration.load_config(path)
     configuration.check(config)
     model = build_model(config)
     build_recipe(config, steps_per_epoch=10)
@@ -42,7 +37,7 @@ def test_the_papers_five_differ_in_model_and_drop_path_alone():
     base = configuration.flatten(default.get_config())
     rates = {"femto": 0.025, "kobe": 0.025, "tiny": 0.2, "small": 0.4, "base": 0.6}
     for name, rate in rates.items():
-        flat = configuration.flatten(load(f"configs/{name}.py"))
+        flat = configuration.flatten(configuration.load_config(f"configs/{name}.py"))
         expected = {"model.name": f"mambaout_{name}", "model.drop_path_rate": rate}
         assert flat == base | expected
 
@@ -67,7 +62,7 @@ def test_bad_durations(text):
     [
         ([], "no configuration: expected --config=FILE"),
         (["--config=configs/tinny.py"], "no configuration file .*did you mean 'configs/tiny.py'"),
-        (["--config=README.md"], "is no configuration"),
+        (["--config=LICENSE"], "is no configuration"),
         (["--config=configs/__init__.py"], "defines no get_config"),
         (["--config", "configs/tiny.py", "--config.batchsize=3"], "'batchsize'.*'batch_size'"),
         (["--config=configs/tiny.py", "--config.learning_rate=1"], "'schedule.learning_rate'"),

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from mambaout_jax.data import image_ops
 from mambaout_jax.data.preprocess import Preprocessing, preprocess_image
-from PIL import Image
 
 GOLDENS = Path(__file__).parent / "goldens"
 EVALUATION_CASES = json.loads((GOLDENS / "eval-preprocess.json").read_text())

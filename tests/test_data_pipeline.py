@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from configs import default
 from mambaout_jax.data.pipeline import EvalBatches, TrainBatches
 from mambaout_jax.errors import UserError
@@ -83,3 +84,74 @@ def test_evaluation_sees_each_picture_once(process_count):
         assert {batch["image"].shape[0] for batch in batches} == {100 // process_count}
         labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
         np.testing.assert_array_equal(np.bincount(labels), [36] * 10)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(workers):
+    batches, held_out = TrainBatches(digits_config(workers=workers)), EvalBatches(digits_config())
+    taken = take(batches, 2)
+    batches.restore(batches.state())
+    assert_same(taken + take(batches, 1), take(TrainBatches(digits_config()), 3))
+    batches.close()
+    if workers == 2:
+        assert_same(list(EvalBatches(digits_config(workers=2))), list(held_out))
+
+
+def identity_batches(**options):
+    """Batches whose pictures tell them apart: nothing is drawn but the order."""
+    config = digits_config()
+    config.augment.update(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0, policy="")
+    config.augment.update(interpolation="bicubic", **options)
+    config.data.train_split = "train[:48]"
+    config.batch_size = 48 * config.augment.repeats
+    return TrainBatches(config)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_an_epoch_is_a_fresh_shuffle_with_repeats_in_a_row(repeats):
+    batches = identity_batches(repeats=repeats)
+    assert batches.steps_per_epoch == 1
+    epochs = [[image.tobytes() for image in next(batches)["image"]] for _ in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 48
+        assert all(len(set(epoch[i : i + repeats])) == 1 for i in range(0, len(epoch), repeats))
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_epochs_and_repeats_draw_new_augmentations():
+    batches = identity_batches(repeats=2, crop_scale=(0.2, 0.9))
+    images = np.concatenate([next(batches)["image"] for _ in range(2)])
+    assert len({image.tobytes() for image in images}) > 150  # of 192; small crops may agree
+
+
+def test_the_seed_fixes_everything():
+    configs = [digits_config() for _ in range(3)]
+    configs[2].seed = 1
+    first, same, other = (next(TrainBatches(config)) for config in configs)
+    assert_same([first], [same])
+    assert not np.array_equal(first["label"], other["label"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 2000}, "batch_size is 2000, but .* 1437 pictures"),
+        ({"seed": -1}, "seed is -1"),
+        ({"augment.repeats": 0}, "augment.repeats is 0"),
+        ({"data.workers": -1}, "data.workers is -1"),
+        ({"data.threads": 0}, "data.threads 0"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    config = digits_config()
+    config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=message):
+        TrainBatches(config)
+
+
+def test_batches_must_divide_over_processes():
+    with pytest.raises(UserError, match="batch_size is 120; it must divide over 7 processes"):
+        TrainBatches(digits_config(), process_count=7)
+    with pytest.raises(UserError, match=r"eval.batch_size is 100; it must divide over 7"):
+        EvalBatches(digits_config(), process_count=7)

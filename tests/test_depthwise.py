@@ -1,7 +1,6 @@
 """Depthwise convolution: every implementation against float64, and what it refuses."""
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.ops import depthwise_conv2d
+from mambaout_jax.ops import depthwise_conv2d, depthwise_pallas_tpu
 from mambaout_jax.ops.depthwise import implementations
 
 # Largest error, as a part of the largest absolute value: float32 sums of up to k * k or
@@ -105,6 +104,31 @@ def test_float32_kernel_is_rounded_and_keeps_its_gradient_in_float32(implementat
     assert pull(dy.astype(jnp.bfloat16))[0].dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        (2, (9, 4, 20, 3)),  # rows in blocks with rows of their neighbours, columns in even parts
+        (3, (2, 7, 17, 130)),  # a last block of 1 row, uneven parts, two blocks of channels
+    ],
+)
+def test_tpu_kernels_in_several_blocks(monkeypatch, rows, shape):
+    monkeypatch.setattr(depthwise_pallas_tpu, "_rows", lambda x, size: rows)
+    check("pallas_tpu", shape, 5, jnp.float32)
+
+
+def test_tpu_blocks_fit_their_memory():
+    for size, itemsize in (
+        (56, jnp.bfloat16),
+        (56, jnp.float32),
+        (96, jnp.float32),
+        (83, jnp.bfloat16),
+    ):
+        x = jax.ShapeDtypeStruct((size, size, 8, 96), itemsize)
+        rows = depthwise_pallas_tpu._rows(x, 7)
+        assert depthwise_pallas_tpu._block_bytes(x, 7, rows) <= 13 * 2**20
+        assert rows > 1
+
+
 def test_unknown_implementation_names_the_known_ones():
     x, kernel, _ = draw((1, 4, 4, 2), 3, jnp.float32)
     with pytest.raises(UserError, match=r"'cudnn'.*auto, xla"):
@@ -131,15 +155,3 @@ def test_forward_mode_is_refused():
     x, kernel, _ = draw((1, 4, 4, 2), 3, jnp.float32)
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(depthwise_conv2d, (x, kernel), (x, kernel))
-
-
-def exported(platform: str) -> str:
-    """Returns the module of a forward and a backward pass, lowered here for the platform."""
-    x, kernel, _ = draw((2, 7, 7, 16), 7, jnp.float32)
-    step = jax.jit(jax.value_and_grad(lambda x, kernel: depthwise_conv2d(x, kernel).sum(), (0, 1)))
-    return jax.export.export(step, platforms=[platform])(x, kernel).mlir_module()
-
-
-def test_auto_chooses_for_the_platform_that_is_lowered_for():
-    assert "stablehlo.convolution" not in exported("cpu")
-    assert exported("cuda").count("stablehlo.convolution") == 3

@@ -33,7 +33,8 @@ def shapes(model, size=(32, 32)):
 
 
 def tiny_model(size=(32, 32), **options):
-    options = {"depths": (1, 1, 2, 1), "widths": (8, 12, 16, 24), "num_classes": 10, **options}
+    small = {"depths": (1, 1, 2, 1), "widths": (8, 12, 16, 24), "num_classes": 10}
+    options = {**small, "depthwise": "xla", **options}  # "xla" compiles fastest
     model = mambaout_jax.create_model("test_mambaout", **options)
     images = np.random.default_rng(1).standard_normal((2, *size, 3)).astype(np.float32)
     return model, {"params": golden.params(model)}, images

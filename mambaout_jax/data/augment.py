@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance
 
-from mambaout_jax.data import decoding, randaugment
+from mambaout_jax.data import backends, image_ops, randaugment
 from mambaout_jax.errors import UserError
 
 _CROP_TRIES = 10
@@ -25,28 +25,31 @@ _FILTERS = {
 class TrainTransform:
     """Makes a training picture of an encoded file; picklable, and safe to share by threads."""
 
-    def __init__(self, augment: ConfigDict, image_size: int):
+    def __init__(self, config: ConfigDict):
         """Reads the options.
 
         Args:
-          augment: the `augment` part of the configuration.
-          image_size: height and width of the result in pixels.
+          config: the whole configuration.
 
         Raises:
           UserError: an option has no meaning.
         """
+        augment = config.augment
         if augment.interpolation not in _FILTERS:
             raise UserError(
                 f"augment.interpolation is {augment.interpolation!r}; it is one of "
                 f"{', '.join(_FILTERS)}."
             )
+        self._backend = backends.open_backend(config.data.backend)
         self._filters = _FILTERS[augment.interpolation]
-        self._size = image_size
+        self._size = config.data.image_size
         self._scale = _interval("augment.crop_scale", augment.crop_scale)
         self._ratio = _interval("augment.crop_ratio", augment.crop_ratio)
         self._hflip = augment.hflip
         self._jitter = augment.color_jitter
-        self._policy = randaugment.parse_policy(augment.policy, self._filters)
+        self._policy = randaugment.parse_policy(
+            augment.policy, self._filters, image_ops.operations(self._backend.warp)
+        )
 
     def __call__(self, file_bytes: bytes, rng: np.random.Generator, name: str) -> np.ndarray:
         """Decodes and augments a picture.
@@ -62,10 +65,10 @@ class TrainTransform:
         Raises:
           BadImageError: the file is no picture, or a damaged one.
         """
-        image = decoding.decode(file_bytes, name)
-        box = draw_crop(image.size, self._scale, self._ratio, rng)
+        picture = self._backend.decode(file_bytes, name)
+        box = draw_crop(picture.size, self._scale, self._ratio, rng)
         filter_ = self._filters[int(rng.integers(len(self._filters)))]
-        image = image.crop(box).resize((self._size, self._size), filter_)
+        image = self._backend.resized_crop(picture, box, (self._size, self._size), filter_)
         if rng.random() < self._hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         image = self._policy(image, rng)

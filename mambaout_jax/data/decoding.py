@@ -30,6 +30,9 @@ def decode(file_bytes: bytes, name: str = "the file") -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(file_bytes)) as image:
+            if image.mode == "RGB":
+                image.load()
+                return image
             return image.convert("RGB")
     except (*_DAMAGES, Image.DecompressionBombError) as error:
         reason = "no image" if isinstance(error, UnidentifiedImageError) else str(error)

@@ -1,6 +1,6 @@
 """The operations of RandAugment and 3-Augment on RGB Pillow pictures, equal to timm's pixels.
 
-An operation of `OPERATIONS` is called as operation(image, level, sign, filter): the level in
+An operation is called as operation(image, level, sign, filter): the level in
 [0, 10] sets the strength, the sign (1 or -1) the direction, where it has one.
 """
 
@@ -11,34 +11,16 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 FILL = (124, 116, 104)  # the ImageNet mean, where a moved picture leaves nothing
 
 Operation = Callable[[Image.Image, float, int, Image.Resampling], Image.Image]
+Warp = Callable[[Image.Image, tuple[float, ...], Image.Resampling], Image.Image]
 
 
-def _affine(
+def pillow_warp(
     image: Image.Image, coefficients: tuple[float, ...], filter_: Image.Resampling
 ) -> Image.Image:
+    """Takes pixel (x, y) from (ax + by + c, dx + ey + f); outside lies the fill colour."""
     return image.transform(
         image.size, Image.Transform.AFFINE, coefficients, resample=filter_, fillcolor=FILL
     )
-
-
-def shear_x(image: Image.Image, factor: float, filter_: Image.Resampling) -> Image.Image:
-    """Moves each row left by `factor` pixels a row."""
-    return _affine(image, (1, factor, 0, 0, 1, 0), filter_)
-
-
-def shear_y(image: Image.Image, factor: float, filter_: Image.Resampling) -> Image.Image:
-    """Moves each column up by `factor` pixels a column."""
-    return _affine(image, (1, 0, 0, factor, 1, 0), filter_)
-
-
-def translate_x(image: Image.Image, part: float, filter_: Image.Resampling) -> Image.Image:
-    """Moves the picture left by a part of its width."""
-    return _affine(image, (1, 0, part * image.width, 0, 1, 0), filter_)
-
-
-def translate_y(image: Image.Image, part: float, filter_: Image.Resampling) -> Image.Image:
-    """Moves the picture up by a part of its height."""
-    return _affine(image, (1, 0, 0, 0, 1, part * image.height), filter_)
 
 
 def rotate(image: Image.Image, degrees: float, filter_: Image.Resampling) -> Image.Image:
@@ -116,7 +98,23 @@ def _unit(level: float) -> float:
     return min(level / 10, 1.0)
 
 
-OPERATIONS: dict[str, Operation] = {
+def operations(warp: Warp) -> dict[str, Operation]:
+    """Returns every operation by timm's name; `warp` moves pixels along a line."""
+    return _IN_PLACE | {
+        # a row moves left by the factor for each row down, a column up for each column right
+        "ShearX": lambda i, level, s, f: warp(i, (1, s * (level / 10 * 0.3), 0, 0, 1, 0), f),
+        "ShearY": lambda i, level, s, f: warp(i, (1, 0, 0, s * (level / 10 * 0.3), 1, 0), f),
+        # by a part of the side
+        "TranslateXRel": lambda i, level, s, f: warp(
+            i, (1, 0, s * (level / 10 * 0.45) * i.width, 0, 1, 0), f
+        ),
+        "TranslateYRel": lambda i, level, s, f: warp(
+            i, (1, 0, 0, 0, 1, s * (level / 10 * 0.45) * i.height), f
+        ),
+    }
+
+
+_IN_PLACE: dict[str, Operation] = {
     "AutoContrast": lambda image, level, sign, filter_: ImageOps.autocontrast(image),
     "Equalize": lambda image, level, sign, filter_: ImageOps.equalize(image),
     "Invert": lambda image, level, sign, filter_: invert(image),
@@ -134,10 +132,8 @@ OPERATIONS: dict[str, Operation] = {
     "BrightnessIncreasing": lambda i, level, s, f: brightness(i, _increasing_factor(level, s)),
     "Sharpness": lambda i, level, s, f: sharpness(i, _plain_factor(level)),
     "SharpnessIncreasing": lambda i, level, s, f: sharpness(i, _increasing_factor(level, s)),
-    "ShearX": lambda i, level, s, f: shear_x(i, s * (level / 10 * 0.3), f),
-    "ShearY": lambda i, level, s, f: shear_y(i, s * (level / 10 * 0.3), f),
-    "TranslateXRel": lambda i, level, s, f: translate_x(i, s * (level / 10 * 0.45), f),
-    "TranslateYRel": lambda i, level, s, f: translate_y(i, s * (level / 10 * 0.45), f),
     "Desaturate": lambda i, level, s, f: color(i, 1 - (0.5 + 0.5 * _unit(level))),
     "GaussianBlur": lambda i, level, s, f: gaussian_blur(i, 0.1 + 1.9 * _unit(level)),
 }
+
+OPERATIONS = operations(pillow_warp)

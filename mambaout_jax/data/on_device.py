@@ -5,6 +5,8 @@ The order is the reference's: whole batches are mixed as uint8, then normalised,
 so that results do not depend on how many devices share it.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -13,9 +15,7 @@ _ERASE_ASPECT = (0.3, 1 / 0.3)  # height to width
 _ERASE_TRIES = 10
 
 
-def normalize(
-    images: jax.Array, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> jax.Array:
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Turns pixels into the network's input.
 
     Args:
@@ -26,8 +26,8 @@ def normalize(
     Returns:
       float32 [N, H, W, 3].
     """
-    scale = jnp.asarray(std, jnp.float32) * 255
-    return (images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32) * 255) / scale
+    shift, scale = (255 * jnp.array(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
+    return (images.astype(jnp.float32) - shift) / scale
 
 
 def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
@@ -116,9 +116,9 @@ def mixup_cutmix(
     use_cutmix = (use_cutmix | (mixup_alpha == 0)) & (cutmix_alpha > 0)
     mixup_lam, cutmix_lam = jnp.float32(1), jnp.float32(1)
     if mixup_alpha > 0:
-        mixup_lam = jax.random.beta(key_mixup, mixup_alpha, mixup_alpha)
+        mixup_lam = _symmetric_beta(key_mixup, mixup_alpha)
     if cutmix_alpha > 0:
-        cutmix_lam = jax.random.beta(key_cutmix, cutmix_alpha, cutmix_alpha)
+        cutmix_lam = _symmetric_beta(key_cutmix, cutmix_alpha)
     inside, box_lam = _cutmix_box(key_box, cutmix_lam, images.shape[1], images.shape[2])
     apply &= jnp.asarray(enabled)
     lam = jnp.where(apply, jnp.where(use_cutmix, box_lam, mixup_lam), 1.0)
@@ -127,9 +127,16 @@ def mixup_cutmix(
     blend = images.astype(jnp.float32) * lam + partners.astype(jnp.float32) * (1 - lam)
     if jnp.issubdtype(images.dtype, jnp.integer):
         blend = jnp.round(blend)
-    cut = jnp.where(inside[:, :, None], partners, images)
+    cut = jnp.where(inside[None, :, :, None], partners, images)
     mixed = jnp.where(use_cutmix, cut, blend.astype(images.dtype))
     return jnp.where(apply, mixed, images), targets * lam + targets[::-1] * (1 - lam)
+
+
+def _symmetric_beta(key: jax.Array, alpha: float) -> jax.Array:
+    """Draws from Beta(alpha, alpha); Beta(1, 1) is uniform, and compiles faster so."""
+    if alpha == 1:
+        return jax.random.uniform(key)
+    return jax.random.beta(key, alpha, alpha)
 
 
 def _cutmix_box(
@@ -153,8 +160,8 @@ def augment_batch(
     images: jax.Array,
     labels: jax.Array,
     *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: Sequence[float],
+    std: Sequence[float],
     num_classes: int,
     smoothing: float,
     mixup_alpha: float,

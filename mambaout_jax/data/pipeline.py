@@ -10,17 +10,13 @@ import sys
 from collections.abc import Iterator
 
 import grain
-import jax
 import numpy as np
-from absl import flags, logging
+from absl import logging
 from ml_collections import ConfigDict
 
-from mambaout_jax.data import augment, preprocess, sources
+from mambaout_jax.data import augment, chunks, preprocess, sources
 from mambaout_jax.data.decoding import BadImageError
 from mambaout_jax.errors import UserError
-
-_CHUNK = 16  # pictures that a thread makes at a time, and that travel between processes at once
-_BATCHES_AHEAD = 2
 
 Batch = dict[str, np.ndarray]
 
@@ -91,12 +87,12 @@ class _MakeChunk:
         self._global_batch = global_batch
         self._local_batch = local_batch
         self._first = first  # this process's first place in a global batch
-        self.per_batch = -(-local_batch // _CHUNK)
+        self.per_batch = -(-local_batch // chunks.CHUNK)
 
     def __call__(self, chunk: int) -> dict:
         step, part = divmod(chunk, self.per_batch)
-        start = step * self._global_batch + self._first + part * _CHUNK
-        length = min(_CHUNK, self._local_batch - part * _CHUNK)
+        start = step * self._global_batch + self._first + part * chunks.CHUNK
+        length = min(chunks.CHUNK, self._local_batch - part * chunks.CHUNK)
         rows = [self._pictures[start + row] for row in range(length)]
         return {
             "image": np.stack([row["image"] for row in rows]),
@@ -104,16 +100,6 @@ class _MakeChunk:
             "replaced": np.array([bool(row["damages"]) for row in rows]),
             "damages": [damage for row in rows for damage in row["damages"]],
         }
-
-
-def _join_chunks(chunks: list[dict]) -> dict:
-    """Concatenates chunks to a batch."""
-    arrays = {
-        key: np.concatenate([chunk[key] for chunk in chunks])
-        for key in chunks[0]
-        if key != "damages"
-    }
-    return arrays | {"damages": [damage for chunk in chunks for damage in chunk["damages"]]}
 
 
 class TrainBatches(Iterator[Batch]):
@@ -156,8 +142,8 @@ class TrainBatches(Iterator[Batch]):
         self.class_names = source.class_names
         self.bad_pictures: set[str] = set()
         self._max_bad = int(config.augment.max_bad_fraction * self.num_examples)
-        self._workers = _worker_options(config.data)
-        local_batch = _share(config.batch_size, process_count, "batch_size")
+        self._workers = chunks.worker_options(config.data)
+        local_batch = chunks.share(config.batch_size, process_count, "batch_size")
         order = _Order(self.num_examples, config.augment.repeats, config.batch_size, config.seed)
         if config.augment.repeats < 1:
             raise UserError(f"augment.repeats is {config.augment.repeats}; it is 1 or more.")
@@ -176,7 +162,7 @@ class TrainBatches(Iterator[Batch]):
             "batch_size": config.batch_size,
             "repeats": config.augment.repeats,
         }
-        transform = augment.TrainTransform(config.augment, config.data.image_size)
+        transform = augment.TrainTransform(config)
         make_picture = _MakeTrainingPicture(source, order, transform, self._max_bad)
         pictures = grain.MapDataset.range(sys.maxsize).seed(config.seed).random_map(make_picture)
         self._make_chunk = _MakeChunk(
@@ -188,8 +174,10 @@ class TrainBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._iterator is None:
             first = self._step * self._make_chunk.per_batch
-            chunks = grain.MapDataset.range(first, sys.maxsize).map(self._make_chunk)
-            self._iterator = iter(_batches(chunks, self._make_chunk.per_batch, self._workers))
+            parts = grain.MapDataset.range(first, sys.maxsize).map(self._make_chunk)
+            self._iterator = iter(
+                chunks.join_ahead(parts, self._make_chunk.per_batch, self._workers)
+            )
         batch = next(self._iterator)
         self._note_damages(batch.pop("damages"))
         self._step += 1
@@ -245,13 +233,13 @@ class _MakeEvaluationChunk:
         self._local_batch = local_batch
         self._process_index = process_index
         self._process_count = process_count
-        self.per_batch = -(-local_batch // _CHUNK)
+        self.per_batch = -(-local_batch // chunks.CHUNK)
 
     def __call__(self, chunk: int) -> dict:
         step, part = divmod(chunk, self.per_batch)
         start = (step * self._process_count + self._process_index) * self._local_batch
-        start += part * _CHUNK
-        length = min(_CHUNK, self._local_batch - part * _CHUNK)
+        start += part * chunks.CHUNK
+        length = min(chunks.CHUNK, self._local_batch - part * chunks.CHUNK)
         image = np.zeros((length, *self._preprocessing.shape, 3), np.uint8)
         label = np.zeros(length, np.int32)
         mask = np.arange(start, start + length) < len(self._source)
@@ -271,6 +259,7 @@ class EvalBatches:
     the mask marks padding. Every process has the same number of batches of the same shape.
 
     Attributes:
+      name: what the data set and split are called.
       num_examples: pictures in the split.
       num_classes: classes in the split.
       class_names: their names, in the order of the labels.
@@ -292,8 +281,9 @@ class EvalBatches:
         self.num_examples = len(source)
         self.num_classes = source.num_classes
         self.class_names = source.class_names
+        self.name = source.name
         self._length = -(-self.num_examples // config.eval.batch_size)
-        self._workers = _worker_options(config.data)
+        self._workers = chunks.worker_options(config.data)
         self._make_chunk = _MakeEvaluationChunk(
             source,
             preprocess.Preprocessing(
@@ -301,7 +291,7 @@ class EvalBatches:
                 crop_pct=config.eval.crop_pct,
                 crop_mode=config.eval.crop_mode,
             ),
-            _share(config.eval.batch_size, process_count, "eval.batch_size"),
+            chunks.share(config.eval.batch_size, process_count, "eval.batch_size"),
             process_index,
             process_count,
         )
@@ -311,55 +301,14 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         per_batch = self._make_chunk.per_batch
-        chunks = grain.MapDataset.range(self._length * per_batch).map(self._make_chunk)
-        iterator = iter(_batches(chunks, per_batch, self._workers))
+        parts = grain.MapDataset.range(self._length * per_batch).map(self._make_chunk)
+        iterator = iter(chunks.join_ahead(parts, per_batch, self._workers))
         try:
             for batch in iterator:
                 del batch["damages"]
                 yield batch
         finally:
             iterator.close()
-
-
-def _batches(
-    chunks: grain.MapDataset, per_batch: int, workers: tuple[int, int]
-) -> grain.IterDataset:
-    """Makes chunks ahead of time in threads or worker processes, and joins them to batches."""
-    num_workers, num_threads = workers
-    ahead = _BATCHES_AHEAD * per_batch
-    if num_workers:
-        ahead = -(-ahead // num_workers)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(ahead, 1))
-    dataset = chunks.to_iter_dataset(options)
-    if num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own before it starts workers
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
-            worker_init_fn=_keep_off_accelerators,
-        )
-    dataset = dataset.batch(per_batch, batch_fn=_join_chunks)
-    return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
-
-
-def _keep_off_accelerators(worker_index: int, worker_count: int) -> None:
-    del worker_index, worker_count
-    jax.config.update("jax_platforms", "cpu")
-
-
-def _worker_options(data: ConfigDict) -> tuple[int, int]:
-    if data.workers < 0 or data.threads < 1:
-        raise UserError(
-            f"data.workers is {data.workers} and data.threads {data.threads}; "
-            f"they are at least 0 and 1."
-        )
-    return data.workers, data.threads
-
-
-def _share(batch_size: int, process_count: int, key: str) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"{key} is {batch_size}; it must divide over {process_count} processes.")
-    return batch_size // process_count
 
 
 def _too_many(damages: list[tuple[str, str]], allowed: int) -> str:

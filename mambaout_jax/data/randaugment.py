@@ -7,7 +7,7 @@ Sources: Cubuk et al., "RandAugment" (arXiv 1909.13719); Touvron et al., "DeiT I
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,7 @@ from PIL import Image
 from mambaout_jax.data import image_ops
 from mambaout_jax.errors import UserError
 
-_INCREASING = [
+_INCREASING = (
     "AutoContrast",
     "Equalize",
     "Invert",
@@ -31,8 +31,8 @@ _INCREASING = [
     "ShearY",
     "TranslateXRel",
     "TranslateYRel",
-]
-_PLAIN = [name.replace("Increasing", "") for name in _INCREASING]
+)
+_PLAIN = tuple(name.replace("Increasing", "") for name in _INCREASING)
 _WEIGHTS = dict.fromkeys(_INCREASING, 0.05) | {
     "Rotate": 3.0,
     "ShearX": 2.0,
@@ -59,7 +59,22 @@ _WEIGHTS_3A = {
     "Equalize": 1.0,
     "Invert": 1.0,
 }
-_SECTION = re.compile(r"(mstd|mmax|inc|m|n|p)(inf|\d+(?:\.\d+)?)|t([a-z0-9]+)")
+_WEIGHTS_OLD = {  # the set "w0" of timm before 0.9, which never drew the last two
+    "Rotate": 0.3,
+    "ShearX": 0.2,
+    "ShearY": 0.2,
+    "TranslateXRel": 0.1,
+    "TranslateYRel": 0.1,
+    "Color": 0.025,
+    "Sharpness": 0.025,
+    "AutoContrast": 0.025,
+    "Solarize": 0.005,
+    "SolarizeAdd": 0.005,
+    "Contrast": 0.005,
+    "Brightness": 0.005,
+    "Equalize": 0.005,
+}
+_SECTION = re.compile(r"(mstd|mmax|inc|m|n|p)(inf|\d+(?:\.\d+)?)|(w0|t[a-z0-9]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +82,8 @@ class RandAugment:
     """Applies `layers` operations drawn from a list, each with a probability.
 
     Attributes:
-      operations: names in `image_ops.OPERATIONS`.
+      operations: names of the operations.
+      table: the operations by name.
       weights: odds of each; None stands for even odds, drawn with replacement.
       layers: operations drawn for a picture.
       probability: that a drawn operation is applied.
@@ -78,6 +94,7 @@ class RandAugment:
     """
 
     operations: Sequence[str]
+    table: Mapping[str, image_ops.Operation]
     filters: Sequence[Image.Resampling]
     weights: Sequence[float] | None = None
     layers: int = 2
@@ -95,7 +112,7 @@ class RandAugment:
             chosen = rng.choice(len(odds), size=self.layers, replace=False, p=odds)
         for index in chosen:
             if rng.random() < self.probability:
-                operation = image_ops.OPERATIONS[self.operations[index]]
+                operation = self.table[self.operations[index]]
                 sign = 1 if rng.random() < 0.5 else -1
                 filter_ = self.filters[int(rng.integers(len(self.filters)))]
                 image = operation(image, self._draw_level(rng), sign, filter_)
@@ -137,17 +154,22 @@ class NoPolicy:
 Policy = RandAugment | ThreeAugment | NoPolicy
 
 
-def parse_policy(text: str, filters: Sequence[Image.Resampling]) -> Policy:
+def parse_policy(
+    text: str,
+    filters: Sequence[Image.Resampling],
+    table: Mapping[str, image_ops.Operation] = image_ops.OPERATIONS,
+) -> Policy:
     """Reads a policy string of timm.
 
     "" is no policy and "3a" 3-Augment. RandAugment is "rand" and sections joined by "-", in any
     order: m9 magnitude (10), n2 operations a picture (2), p0.5 probability of each (0.5), mstd0.5
     standard deviation of the magnitude (0; above 100: uniform from 0 to m), mmax10 its upper bound
-    (10), inc1 the increasing forms (inc0), tweights, t3a or t3aw another set of operations.
+    (10), inc1 the increasing forms (inc0), tweights, t3a, t3aw or w0 another set of operations.
 
     Args:
       text: the string.
       filters: Pillow filters, one of which each geometric operation draws.
+      table: the operations by name.
 
     Returns:
       The policy, called as policy(image, rng).
@@ -168,19 +190,22 @@ def parse_policy(text: str, filters: Sequence[Image.Resampling]) -> Policy:
         if match is None:
             raise UserError(
                 f"augment.policy {text!r}: the section {section!r} is unknown; known are m9, n2, "
-                f"p0.5, mstd0.5, mmax10, inc1, tweights, t3a and t3aw."
+                f"p0.5, mstd0.5, mmax10, inc1, tweights, t3a, t3aw and w0."
             )
         if match[3]:
             operations_set = match[3]
         else:
             values[match[1]] = float(match[2])
     operations, weights = _operations(operations_set, increasing=bool(values.get("inc", 0)))
-    std = values.get("mstd", 0.0)
+    std, layers = values.get("mstd", 0.0), int(values.get("n", 2))
+    if weights is not None and layers > len(operations):
+        raise UserError(f"augment.policy {text!r}: {layers} operations, of {len(operations)}.")
     return RandAugment(
         operations=operations,
+        table=table,
         filters=tuple(filters),
         weights=weights,
-        layers=int(values.get("n", 2)),
+        layers=layers,
         probability=values.get("p", 0.5),
         magnitude=values.get("m", 10.0),
         magnitude_std=math.inf if std > 100 else std,
@@ -192,9 +217,14 @@ def _operations(name: str, increasing: bool) -> tuple[Sequence[str], Sequence[fl
     """Returns the operations of a set and their odds."""
     if name == "":
         return (_INCREASING if increasing else _PLAIN), None
-    if name == "3a":
+    if name == "t3a":
         return ("SolarizeIncreasing", "Desaturate", "GaussianBlur"), None
-    if name in ("weights", "3aw"):
-        weighted = _WEIGHTS if name == "weights" else _WEIGHTS_3A
+    if name == "w0":
+        forms = dict(zip(_PLAIN, _INCREASING if increasing else _PLAIN, strict=True))
+        return tuple(forms[old] for old in _WEIGHTS_OLD), tuple(_WEIGHTS_OLD.values())
+    if name in ("tweights", "t3aw"):
+        weighted = _WEIGHTS if name == "tweights" else _WEIGHTS_3A
         return tuple(weighted), tuple(weighted.values())
-    raise UserError(f"augment.policy: the set {name!r} is unknown; known are weights, 3a and 3aw.")
+    raise UserError(
+        f"augment.policy: the set {name!r} is unknown; known are tweights, t3a, t3aw and w0."
+    )

@@ -109,14 +109,12 @@ class TfdsSource(Source):
         array_record = tfds.core.FileFormat.ARRAY_RECORD
         builder = tfds.builder_from_directory(directory)
         info = builder.info
-        if info.file_format != array_record:
-            if array_record not in info.alternative_file_formats:
-                raise UserError(
-                    f"{directory} is prepared as {info.file_format.value}, which needs TensorFlow "
-                    f"to be read; convert it with: tfds convert_format --dataset_version_dir="
-                    f"{directory} --out_file_format=array_record"
-                )
-            builder = tfds.builder_from_directory(directory, file_format=array_record)
+        if array_record not in info.available_file_formats():
+            raise UserError(
+                f"{directory} is prepared as {info.file_format.value}, which needs TensorFlow to "
+                f"be read; convert it with: tfds convert_format --dataset_version_dir={directory} "
+                f"--out_file_format=array_record"
+            )
         self._arguments = (directory, split)
         image_key, label_key = info.supervised_keys or ("image", "label")
         self._image_key, self._label_key = str(image_key), str(label_key)
@@ -130,7 +128,9 @@ class TfdsSource(Source):
         self.class_names = list(label_feature.names)
         decoders = {self._image_key: tfds.decode.SkipDecoding()}
         try:
-            self._records = builder.as_data_source(split, decoders=decoders)
+            self._records = builder.as_data_source(
+                split, decoders=decoders, file_format=array_record
+            )
         except (ValueError, KeyError) as error:
             known = ", ".join(sorted(info.splits)) or "none"
             raise UserError(

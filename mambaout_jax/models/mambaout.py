@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mambaout_jax.errors import UserError
+from mambaout_jax.ops import depthwise_conv2d
 
 # torch's trunc_normal_(std=0.02) cuts at +-2 in absolute value, here in units of the deviation.
 kernel_init = nn.initializers.truncated_normal(0.02, lower=-2 / 0.02, upper=2 / 0.02)
@@ -58,6 +59,7 @@ class DepthwiseConv(nn.Module):
     """Depthwise convolution with bias, stride 1, that keeps height and width."""
 
     kernel_size: int = 7
+    implementation: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -67,15 +69,7 @@ class DepthwiseConv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, 1, channels)
         kernel = self.param("kernel", kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
-        pad = self.kernel_size // 2
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(1, 1),
-            padding=((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=channels,
-        )
+        y = depthwise_conv2d(x.astype(self.dtype), kernel, implementation=self.implementation)
         return y + bias.astype(self.dtype).reshape(1, 1, 1, channels)
 
 
@@ -123,6 +117,7 @@ class GatedCNNBlock(nn.Module):
     act: str = "gelu"
     layer_scale: float | None = None
     drop_path_rate: float = 0.0
+    depthwise: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -134,7 +129,8 @@ class GatedCNNBlock(nn.Module):
         y = LayerNorm(dtype=self.dtype, name="norm")(x)
         y = Dense(2 * hidden, dtype=self.dtype, name="fc1")(y)
         gate, identity, c = jnp.split(y, (hidden, 2 * hidden - conv), axis=-1)
-        c = DepthwiseConv(dtype=self.dtype, name="conv")(c)
+        conv_layer = DepthwiseConv(implementation=self.depthwise, dtype=self.dtype, name="conv")
+        c = conv_layer(c)
         y = ACTIVATIONS[self.act](gate) * jnp.concatenate((identity, c), axis=-1)
         y = Dense(width, dtype=self.dtype, name="fc2")(y)
         if self.layer_scale is not None:
@@ -187,6 +183,9 @@ class Head(nn.Module):
 class MambaOut(nn.Module):
     """MambaOut. `num_classes` 0 leaves the head out: the answer is the last stage's map.
 
+    `depthwise` is the implementation of the depthwise convolutions, see `mambaout_jax.ops`; `remat`
+    recomputes each block in the backward pass, to save memory.
+
     Raises:
         UserError: when the images are not [N, H, W, 3] with H and W of at least 32 pixels.
     """
@@ -201,6 +200,7 @@ class MambaOut(nn.Module):
     drop_path_rate: float = 0.0
     head_dropout_rate: float = 0.0
     remat: bool = False
+    depthwise: str = "auto"
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
@@ -218,6 +218,7 @@ class MambaOut(nn.Module):
                     act=self.act,
                     layer_scale=1e-5 if self.rw else None,
                     drop_path_rate=self.drop_path_rate * (first_block + j) / last_block,
+                    depthwise=self.depthwise,
                     dtype=self.dtype,
                 )
                 for j in range(depth)

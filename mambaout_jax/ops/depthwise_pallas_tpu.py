@@ -2,12 +2,12 @@
 
 Maps are [H, W, N, C] here, so that a tile holds 8 images by 128 channels of one pixel and a tap is
 another address, never a shuffle. XLA gives the maps around the kernel the same layout, and the
-transposition from NHWC costs nothing. A v5e's four vector units take two operations a tap; the
-taps that would meet padding at the left and right are left out. docs/performance.md has the counts.
+transposition from NHWC costs nothing. A v5e's four vector units take two operations a tap, and
+docs/performance.md counts how near to that the kernels come. Code is kept short: XLA compiles each
+call anew.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 _IMAGES = 8  # sublanes of a float32 register
 _LANES = 128
-_COLUMNS = 14  # pixels of a row that are summed in registers at once, of 64 registers
+_COLUMNS = 16  # pixels of a row that are summed in registers at once, of 64 registers
 _TAP_ROWS = 3  # rows of the filter whose gradients are summed in registers at once
 _VMEM = 13 * 2**20  # bytes of a kernel's blocks: every generation has at least 16 MiB
 
@@ -48,27 +48,26 @@ def filter_gradient(
     height, _, images, channels = x.shape
     rows, lanes = _rows(x, size), min(channels, _LANES)
     maps, block = _row_blocks(x, rows, lanes, size, lambda c, n, r: (r, n, c))
+    taps = size * size
     gradient = pl.pallas_call(
         functools.partial(_filter_gradient_kernel, height=height, size=size),
-        out_shape=jax.ShapeDtypeStruct((size * size, channels), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((taps, _IMAGES, channels), jnp.float32),
         grid=(pl.cdiv(channels, lanes), images // _IMAGES, pl.cdiv(height, rows)),
         in_specs=[*maps, block],
-        out_specs=pl.BlockSpec((size * size, lanes), lambda c, n, r: (0, c)),
-        scratch_shapes=[
-            _padded_rows(x, rows, lanes, size),
-            pltpu.VMEM((size * size, _IMAGES, lanes), jnp.float32),
-        ],
+        out_specs=pl.BlockSpec((taps, _IMAGES, lanes), lambda c, n, r: (0, 0, c)),
+        scratch_shapes=[_padded_rows(x, rows, lanes, size)],
         compiler_params=_compiler_params(x, size, ("parallel", "arbitrary", "arbitrary")),
         name="depthwise_filter_gradient",
         interpret=interpret,
     )(*[x] * len(maps), dy)
-    return gradient.reshape(size, size, 1, channels)
+    return gradient.sum(1).reshape(size, size, 1, channels)
 
 
 def _block_bytes(x: jax.Array, size: int, rows: int) -> int:
     """Returns the VMEM that blocks of so many rows need: two of each map and the scratch."""
-    row = x.shape[1] * _IMAGES * _LANES
-    return row * ((rows + size) * 4 + (4 * rows + 2 * size) * x.dtype.itemsize)
+    pixel = _IMAGES * _LANES
+    padded = (rows + size - 1) * (x.shape[1] + size - 1) * pixel * 4
+    return padded + 2 * (2 * rows + size - 1) * x.shape[1] * pixel * x.dtype.itemsize
 
 
 def _rows(x: jax.Array, size: int) -> int:
@@ -88,7 +87,7 @@ def _compiler_params(x: jax.Array, size: int, semantics: tuple) -> pltpu.Compile
 
 
 def _padded_rows(x: jax.Array, rows: int, lanes: int, size: int):
-    return pltpu.VMEM((rows + size - 1, x.shape[1], _IMAGES, lanes), jnp.float32)
+    return pltpu.VMEM((rows + size - 1, x.shape[1] + size - 1, _IMAGES, lanes), jnp.float32)
 
 
 def _row_blocks(
@@ -123,38 +122,54 @@ def _pad_rows(refs: Sequence, padded, height: int, size: int) -> None:
     rows, width = x_ref.shape[:2]
     edge = size // 2
     first = pl.program_id(2) * rows
+    zeros = jnp.zeros(padded.shape[2:], jnp.float32)
 
-    def write(to: int, ref, row: int) -> None:
+    def write(to: int, column: int, ref, row: int) -> None:
         inside = jnp.logical_and(first + to >= edge, first + to < height + edge)
-        for column in range(width):
-            padded[to, column] = jnp.where(inside, ref[row, column].astype(jnp.float32), 0.0)
+        value = ref[row, column].astype(jnp.float32)
+        padded[to, column + edge] = jnp.where(inside, value, 0.0)
 
-    for i in range(edge):
-        for to, halo in ((i, i), (edge + rows + i, edge + i)):
-            if halos:
-                write(to, halos[halo], 0)
-            else:
-                padded[to] = jnp.zeros(padded.shape[1:], jnp.float32)
+    @pl.loop(0, width)
+    def _(column):
+        for i in range(edge):
+            for to, halo in ((i, i), (edge + rows + i, edge + i)):
+                if halos:
+                    write(to, column, halos[halo], 0)
+                else:
+                    padded[to, column + edge] = zeros
 
     @pl.loop(0, rows)
     def _(row):
-        write(row + edge, x_ref, row)
+        for column in range(width):
+            write(row + edge, column, x_ref, row)
+
+    @pl.loop(0, padded.shape[0])
+    def _(row):
+        for column in range(edge):
+            padded[row, column] = zeros
+            padded[row, edge + width + column] = zeros
 
 
-def _taps(column: int, start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """Returns (tap, result) for the results within start to stop that an input column reaches."""
-    reached = [(tap, column - tap + size // 2) for tap in range(size)]
-    return [(tap, result) for tap, result in reached if start <= result < stop]
+def _fold_columns(width: int, body: Callable, carry):
+    """Folds body(first column, columns, carry) over parts of a row that registers can hold."""
+    columns = max(part for part in range(1, _COLUMNS + 1) if width % part == 0)
+    if 2 * columns >= min(width, _COLUMNS):
+        return jax.lax.fori_loop(
+            0, width // columns, lambda i, carry: body(i * columns, columns, carry), carry
+        )
+    for start in range(0, width, _COLUMNS):
+        carry = body(start, min(_COLUMNS, width - start), carry)
+    return carry
 
 
-def _column_blocks(width: int) -> list[tuple[int, int]]:
-    """Returns the (start, stop) of even parts of a row that registers can hold."""
-    step = math.ceil(width / math.ceil(width / _COLUMNS))
-    return [(start, min(start + step, width)) for start in range(0, width, step)]
-
-
-def _inputs(start: int, stop: int, width: int, size: int) -> range:
-    return range(max(0, start - size // 2), min(width, stop + size // 2))
+def _taps(columns: int, width: int, size: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Lists each padded column that a part of a row meets, with its (tap, result) pairs."""
+    edge = size // 2
+    met = range(edge, edge + width) if columns == width else range(columns + 2 * edge)
+    return [
+        (column, [(tap, column - tap) for tap in range(size) if 0 <= column - tap < columns])
+        for column in met
+    ]
 
 
 def _convolve_kernel(*refs, height: int, size: int) -> None:
@@ -162,58 +177,55 @@ def _convolve_kernel(*refs, height: int, size: int) -> None:
     rows, width, images, lanes = y_ref.shape
     _pad_rows(x_refs, padded, height, size)
 
+    def convolve(row, start: int, columns: int) -> None:
+        sums = [jnp.zeros((images, lanes), jnp.float32)] * columns
+        for i in range(size):
+            taps = [
+                jnp.broadcast_to(kernel_ref[pl.ds(i * size + j, 1)], (images, lanes))
+                for j in range(size)
+            ]
+            for column, pairs in _taps(columns, width, size):
+                value = padded[row + i, start + column]
+                for tap, result in pairs:
+                    sums[result] += value * taps[tap]
+        for result in range(columns):
+            y_ref[row, start + result] = sums[result].astype(y_ref.dtype)
+
     @pl.loop(0, rows)
     def _(row):
-        for start, stop in _column_blocks(width):
-            sums = [jnp.zeros((images, lanes), jnp.float32)] * (stop - start)
-            for i in range(size):
-                taps = [
-                    jnp.broadcast_to(kernel_ref[pl.ds(i * size + j, 1)], (images, lanes))
-                    for j in range(size)
-                ]
-                for column in _inputs(start, stop, width, size):
-                    value = padded[row + i, column]
-                    for tap, result in _taps(column, start, stop, size):
-                        sums[result - start] += value * taps[tap]
-            for result in range(start, stop):
-                y_ref[row, result] = sums[result - start].astype(y_ref.dtype)
+        _fold_columns(width, lambda start, columns, _: convolve(row, start, columns), None)
 
 
 def _filter_gradient_kernel(*refs, height: int, size: int) -> None:
-    *x_refs, dy_ref, gradient_ref, padded, total = refs
+    *x_refs, dy_ref, gradient_ref, padded = refs
     rows, width = dy_ref.shape[:2]
     images, row_block = pl.program_id(1), pl.program_id(2)
     _pad_rows(x_refs, padded, height, size)
 
     @pl.when(jnp.logical_and(images == 0, row_block == 0))
     def _():
-        total[...] = jnp.zeros(total.shape, jnp.float32)
+        gradient_ref[...] = jnp.zeros(gradient_ref.shape, jnp.float32)
 
-    def add_row(row, carry: tuple[jax.Array, ...], first_tap_row: int) -> tuple[jax.Array, ...]:
+    def add(row, start: int, columns: int, carry: tuple[jax.Array, ...], first: int):
         sums = list(carry)
-        for start, stop in _column_blocks(width):
-            dy = [dy_ref[row, column].astype(jnp.float32) for column in range(start, stop)]
-            for i in range(len(sums) // size):
-                for column in _inputs(start, stop, width, size):
-                    value = padded[row + first_tap_row + i, column]
-                    for tap, result in _taps(column, start, stop, size):
-                        sums[i * size + tap] += value * dy[result - start]
+        dy = [dy_ref[row, start + column].astype(jnp.float32) for column in range(columns)]
+        for i in range(len(sums) // size):
+            for column, pairs in _taps(columns, width, size):
+                value = padded[row + first + i, start + column]
+                for tap, result in pairs:
+                    sums[i * size + tap] += value * dy[result]
         return tuple(sums)
 
     # The rows of dy below the map hold anything.
     inside = rows if height % rows == 0 else jnp.minimum(rows, height - row_block * rows)
-    for i in range(0, size, _TAP_ROWS):
-        taps = range(i * size, min(i + _TAP_ROWS, size) * size)
-        sums = jax.lax.fori_loop(
-            0,
-            inside,
-            functools.partial(add_row, first_tap_row=i),
-            tuple(total[tap] for tap in taps),
-        )
-        for tap, value in zip(taps, sums, strict=True):
-            total[tap] = value
+    for first in range(0, size, _TAP_ROWS):
+        taps = range(first * size, min(first + _TAP_ROWS, size) * size)
 
-    @pl.when(jnp.logical_and(images == pl.num_programs(1) - 1, row_block == pl.num_programs(2) - 1))
-    def _():
-        for tap in range(size * size):
-            gradient_ref[pl.ds(tap, 1)] = total[tap].sum(0, keepdims=True)
+        def add_row(row, sums, first=first):
+            return _fold_columns(
+                width, lambda start, columns, sums: add(row, start, columns, sums, first), sums
+            )
+
+        sums = jax.lax.fori_loop(0, inside, add_row, tuple(gradient_ref[tap] for tap in taps))
+        for tap, value in zip(taps, sums, strict=True):
+            gradient_ref[tap] = value

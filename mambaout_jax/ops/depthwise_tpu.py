@@ -1,23 +1,28 @@
-"""Depthwise convolution on TPUs: the Pallas kernels, partitioned over the mesh and batch-padded.
+"""Depthwise convolution on TPUs: the Pallas kernels, batch-padded and spread over the mesh.
 
-Each device convolves its own images and channels; the filter gradient is summed over the devices
-that share a channel. Elsewhere than on a TPU the kernels run in Pallas' interpreter, slowly.
+XLA cannot partition a Pallas kernel by itself, and libtpu has no `custom_partitioning`. So each
+device of the mesh in context (`jax.sharding.use_abstract_mesh`, `jax.set_mesh`) takes its part of
+the batch under `shard_map`, and the filter gradient is summed over them; without a mesh in context
+the kernels serve one device. Elsewhere than on a TPU they run in Pallas' interpreter, slowly.
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from mambaout_jax.ops import depthwise_pallas_tpu
 
 
 def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves x [N, H, W, C] with kernel [k, k, 1, C] of x's dtype, padding k // 2."""
-    return _partitioned_convolve(x, kernel.astype(jnp.float32))
+    axes = _batch_axes(x)
+    maps = PartitionSpec(axes)
+    return _on_mesh(_convolve, (maps, PartitionSpec()), maps)(x, kernel.astype(jnp.float32))
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -27,7 +32,33 @@ def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
     """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
-    return _partitioned_filter_gradient(x, dy, kernel_size)
+    axes = _batch_axes(x)
+    maps = PartitionSpec(axes)
+
+    def summed(x: jax.Array, dy: jax.Array) -> jax.Array:
+        gradient = _filter_gradient(x, dy, kernel_size)
+        return lax.psum(gradient, axes) if axes else gradient
+
+    return _on_mesh(summed, (maps, maps), PartitionSpec())(x, dy)
+
+
+def _batch_axes(x: jax.Array) -> tuple[str, ...]:
+    """Returns the axes of the mesh in context that split the batch: all, or none if uneven."""
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual and mesh.shape[name] > 1
+    ]
+    parts = math.prod(mesh.shape[name] for name in automatic)
+    return tuple(automatic) if x.shape[0] % parts == 0 else ()
+
+
+def _on_mesh(function: Callable, in_specs: tuple, out_specs: PartitionSpec) -> Callable:
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    # Pallas calls do not say over which axes their results vary, hence no check.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 @jax.jit
@@ -57,44 +88,3 @@ def _images_before_channels(x: jax.Array) -> jax.Array:
     """[N, H, W, C] to [H, W, N, C], N padded to a whole number of sublanes."""
     x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0), (0, 0), (0, 0)))
     return x.transpose(1, 2, 0, 3)
-
-
-_partitioned_convolve = custom_partitioning(_convolve)
-_partitioned_filter_gradient = custom_partitioning(_filter_gradient, static_argnums=(2,))
-
-
-def _shardings(mesh: jax.sharding.Mesh, x) -> tuple[NamedSharding, NamedSharding]:
-    """Returns the shardings of maps and of kernels: images and channels may be split, as x is."""
-    spec = (*x.sharding.spec, None, None, None, None)
-    maps = PartitionSpec(spec[0], None, None, spec[3])
-    return NamedSharding(mesh, maps), NamedSharding(mesh, PartitionSpec(None, None, None, spec[3]))
-
-
-def _partition_convolve(mesh, arguments, _result):
-    maps, kernels = _shardings(mesh, arguments[0])
-    return mesh, _convolve, maps, (maps, kernels)
-
-
-def _partition_filter_gradient(kernel_size, mesh, arguments, _result):
-    maps, kernels = _shardings(mesh, arguments[0])
-
-    def summed(x: jax.Array, dy: jax.Array) -> jax.Array:
-        gradient = _filter_gradient(x, dy, kernel_size)
-        return gradient if maps.spec[0] is None else lax.psum(gradient, maps.spec[0])
-
-    return mesh, summed, kernels, (maps, maps)
-
-
-_partitioned_convolve.def_partition(
-    partition=_partition_convolve,
-    infer_sharding_from_operands=lambda mesh, arguments, _: _shardings(mesh, arguments[0])[0],
-    sharding_rule="n h w c, i j one c -> n h w c",
-    need_replication_factors=("h", "w", "i", "j", "one"),
-)
-_partitioned_filter_gradient.def_partition(
-    partition=_partition_filter_gradient,
-    infer_sharding_from_operands=lambda _, mesh, arguments, __: _shardings(mesh, arguments[0])[1],
-    sharding_rule="n h w c, n h w c -> i j one c",
-    reduction_factors=("n",),
-    need_replication_factors=("h", "w", "i", "j", "one"),
-)

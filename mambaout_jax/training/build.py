@@ -22,6 +22,7 @@ def build_model(config: ConfigDict) -> MambaOut:
         head_dropout_rate=config.model.head_dropout_rate,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        depthwise=config.model.depthwise,
     )
 
 

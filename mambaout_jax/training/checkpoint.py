@@ -5,11 +5,11 @@ WORKDIR/checkpoints/STEP holds the items `params`, `ema_params` (where the recip
 `mambaout_jax.weights.store.WeightsInfo`), so that each is loadable as weights by itself.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mambaout_jax.training.state import TrainState
@@ -17,7 +17,7 @@ from mambaout_jax.training.state import TrainState
 METRIC = "top1"
 
 
-def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
+def open_checkpoints(workdir: epath.Path, keep: int) -> ocp.CheckpointManager:
     """Returns the manager of a workdir's checkpoints; `keep` newest ones stay, and the best."""
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(
@@ -34,7 +34,13 @@ def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
         step_name_format=ocp.step.standard_name_format(),
         enable_async_checkpointing=True,
     )
-    return ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options)
+    return ocp.CheckpointManager(workdir.resolve() / "checkpoints", options=options)
+
+
+def has_checkpoint(workdir: epath.Path) -> bool:
+    """Tells whether a workdir holds a whole checkpoint; unfinished ones have other names."""
+    folder = workdir / "checkpoints"
+    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def save(

@@ -4,13 +4,13 @@ import collections
 import dataclasses
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 from clu import parameter_overview
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -29,6 +29,7 @@ from mambaout_jax.training.schedule import make_schedule, schedule_steps
 from mambaout_jax.training.sharding import check_batch, global_batch, make_mesh, state_shardings
 from mambaout_jax.training.state import TrainState, init_params, init_state
 from mambaout_jax.training.step import Recipe, compile_eval_step, compile_train_step
+from mambaout_jax.weights.finetune import initial_params
 from mambaout_jax.weights.store import WeightsInfo
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,10 @@ class Run:
             batch_size=self.config.batch_size,
         )
 
-    def initial_state(self, key: jax.Array) -> TrainState:
-        """Returns the state before the first step. Traceable."""
-        params = init_params(key, self.model, self.config.data.image_size)
+    def initial_state(self, key: jax.Array, params: Any = None) -> TrainState:
+        """Returns the state before the first step, with new parameters or these. Traceable."""
+        if params is None:
+            params = init_params(key, self.model, self.config.data.image_size)
         return init_state(params, self.optimizer, ema=self.config.optimizer.ema_decay > 0)
 
 
@@ -99,7 +101,7 @@ def build_run(config: ConfigDict) -> Run:
     )
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains, evaluates and saves; resumes the run that the workdir holds.
 
     Raises:
@@ -110,25 +112,37 @@ def train(config: ConfigDict, workdir: Path) -> None:
     init_key, train_key = (jax.random.fold_in(root, role) for role in (INIT_KEY, TRAIN_KEY))
     abstract = jax.eval_shape(run.initial_state, init_key)
     shardings = state_shardings(abstract, run.mesh)
-    configuration.claim_workdir(workdir, config)
-    with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as saved:
-        latest = saved.latest_step()
-        if latest is not None and latest >= run.total_steps:
-            logger.info("finished already: %s", summary(run, workdir, saved.best_step()))
-            return
-        losses = Losses()
-        if latest is None:
-            state = jax.jit(run.initial_state, out_shardings=shardings)(init_key)
-            logger.info("%s", parameter_overview.get_parameter_overview(state.params))
-        else:
-            target = checkpoint.abstract_state(abstract, shardings)
-            state, data = checkpoint.restore(saved, latest, target)
-            run.batches.restore(data["batches"])
-            losses = Losses(**data["losses"])
-            logger.info("resumed at step %d of %d", latest, run.total_steps)
-        train_loop(run, state, shardings, train_key, losses, workdir, saved)
-        saved.wait_until_finished()
-        logger.info("finished: %s", summary(run, workdir, saved.best_step()))
+    params = None
+    if config.init_from and not checkpoint.has_checkpoint(workdir):
+        params, report = initial_params(config.init_from, run.model, init_key)
+        logger.info("%s", report)
+    new = configuration.claim_workdir(workdir, config)
+    try:
+        with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as saved:
+            latest = saved.latest_step()
+            if latest is not None and latest >= run.total_steps:
+                logger.info("finished already: %s", summary(run, workdir, saved.best_step()))
+                return
+            losses = Losses()
+            if latest is None:
+                begin = jax.jit(run.initial_state, out_shardings=shardings)
+                state = begin(init_key, params)
+                logger.info("%s", parameter_overview.get_parameter_overview(state.params))
+            else:
+                target = checkpoint.abstract_state(abstract, shardings)
+                state, data = checkpoint.restore(saved, latest, target)
+                run.batches.restore(data["batches"])
+                losses = Losses(**data["losses"])
+                logger.info("resumed at step %d of %d", latest, run.total_steps)
+            train_loop(run, state, shardings, train_key, losses, workdir, saved)
+            saved.wait_until_finished()
+            logger.info("finished: %s", summary(run, workdir, saved.best_step()))
+    except UserError:
+        if new and not (workdir / "metrics.csv").exists() and jax.process_index() == 0:
+            workdir.rmtree(missing_ok=True)  # nothing in it is worth keeping yet
+        raise
+    finally:
+        run.batches.close()
 
 
 def train_loop(
@@ -137,7 +151,7 @@ def train_loop(
     shardings: TrainState,
     key: jax.Array,
     losses: Losses,
-    workdir: Path,
+    workdir: epath.Path,
     saved: Any,
 ) -> None:
     """Runs the steps that are left, evaluating and saving when it is time."""
@@ -212,11 +226,12 @@ def weights_info(run: Run, results: dict[str, float] | None) -> WeightsInfo:
     )
 
 
-def summary(run: Run, workdir: Path, best_step: int | None) -> str:
+def summary(run: Run, workdir: epath.Path, best_step: int | None) -> str:
     """Returns one line on a finished run."""
     rows = {row["step"]: row for row in read_rows(workdir / "metrics.csv")}
-    last, best = rows[run.total_steps], rows.get(best_step, rows[run.total_steps])
-    return (
-        f"{run.total_steps} steps, top-1 {last['top1']:.2f}%, best {best['top1']:.2f}% at step "
-        f"{best['step']}; checkpoints, metrics.csv and curves.png are in {workdir}"
-    )
+    parts = [f"{run.total_steps} steps"]
+    if run.total_steps in rows:
+        parts.append(f"top-1 {rows[run.total_steps]['top1']:.2f}%")
+    if best_step in rows:
+        parts.append(f"best {rows[best_step]['top1']:.2f}% at step {best_step}")
+    return f"{', '.join(parts)}; checkpoints, metrics.csv and curves.png are in {workdir}"

@@ -1,10 +1,11 @@
 """What a run leaves to look at: metrics.csv, curves.png, TensorBoard events; wandb if asked."""
 
 import csv
-import os
+import io
 import uuid
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 COLUMNS = ("step", "epoch", "learning_rate", "train_loss", "eval_loss", "top1", "top5")
 
@@ -18,7 +19,11 @@ class Recorder:
     """
 
     def __init__(
-        self, workdir: Path, start_step: int = 0, wandb_project: str = "", enabled: bool = True
+        self,
+        workdir: epath.Path,
+        start_step: int = 0,
+        wandb_project: str = "",
+        enabled: bool = True,
     ):
         self.enabled, self.wandb = enabled, None
         if not enabled:
@@ -32,7 +37,7 @@ class Recorder:
         if wandb_project:
             import wandb
 
-            run = uuid.uuid5(uuid.NAMESPACE_URL, str(workdir.absolute())).hex
+            run = uuid.uuid5(uuid.NAMESPACE_URL, str(workdir.resolve())).hex
             self.wandb = wandb.init(project=wandb_project, dir=workdir, id=run, resume="allow")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -49,12 +54,11 @@ class Recorder:
         if not self.enabled:
             return
         self.rows.append({column: values[column] for column in COLUMNS})
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(part, self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        replace(self.path, text.getvalue().encode())
         names = {"eval_loss": "eval/loss", "top1": "eval/top1", "top5": "eval/top5"}
         self.scalars(int(values["step"]), {names[key]: values[key] for key in names})
         draw_curves(self.rows, self.workdir / "curves.png")
@@ -68,18 +72,24 @@ class Recorder:
             self.wandb.finish()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: epath.Path) -> list[dict[str, Any]]:
     """Returns the rows of a metrics.csv, none where there is no such file."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [
-            {key: int(value) if key == "step" else float(value) for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+    return [
+        {key: int(value) if key == "step" else float(value) for key, value in row.items()}
+        for row in csv.DictReader(path.read_text().splitlines())
+    ]
 
 
-def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+def replace(path: epath.Path, content: bytes) -> None:
+    """Writes a file anew, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def draw_curves(rows: list[dict[str, Any]], path: epath.Path) -> None:
     """Draws loss and top-1 against epochs."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -97,5 +107,6 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     for axes in (loss, top1):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    figure.savefig(path.with_suffix(".part"), format="png", dpi=120)
-    os.replace(path.with_suffix(".part"), path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    replace(path, png.getvalue())

@@ -13,7 +13,7 @@ from clu import metrics
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mambaout_jax.data.on_device import mixup_cutmix, normalize, random_erasing
+from mambaout_jax.data.on_device import augment_batch, normalize
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.training.sharding import BATCH
 from mambaout_jax.training.state import TrainState
@@ -26,8 +26,8 @@ class Recipe:
     """What a step does besides the model and the optimizer; the names are the configuration's."""
 
     num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     label_smoothing: float = 0.0
     random_erasing: float = 0.0
     mixup: float = 0.0
@@ -41,20 +41,19 @@ class Recipe:
 
 def augment(key: jax.Array, step: jax.Array, batch: Batch, recipe: Recipe) -> Batch:
     """Turns uint8 images and labels into mixed float32 images and targets [N, classes]."""
-    erase_key, mix_key = jax.random.split(key)
-    images = normalize(batch["image"], recipe.mean, recipe.std)
-    if recipe.random_erasing:
-        images = random_erasing(erase_key, images, recipe.random_erasing)
-    images, targets = mixup_cutmix(
-        mix_key,
-        images,
+    images, targets = augment_batch(
+        key,
+        batch["image"],
         batch["label"],
+        mean=recipe.mean,
+        std=recipe.std,
         num_classes=recipe.num_classes,
         smoothing=recipe.label_smoothing,
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,
         prob=recipe.mixup_prob,
         switch_prob=recipe.mixup_switch_prob,
+        erasing=recipe.random_erasing,
         enabled=step < recipe.mixup_off_step if recipe.mixup_off_step else True,
     )
     return {"image": images, "target": targets}
@@ -111,7 +110,7 @@ def update_step(
     if recipe.ema_decay:
         ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
     state = TrainState(state.step + 1, params, opt_state, ema_params)
-    return state, {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
 
 def train_step(
@@ -156,11 +155,12 @@ def eval_step(
     batch: Batch,
     *,
     model: MambaOut,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
 ) -> EvalMetrics:
     """Returns the sums of one batch: "image" uint8 [N, H, W, 3], "label" [N], "mask" bool [N]."""
-    logits = model.apply({"params": params}, normalize(batch["image"], mean, std))
+    images = normalize(batch["image"], mean, std)
+    logits = jnp.asarray(model.apply({"params": params}, images))
     _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
     hits = best == batch["label"][:, None]
     return EvalMetrics.single_from_model_output(
@@ -169,6 +169,17 @@ def eval_step(
         top5=hits.any(axis=1).astype(jnp.float32),
         mask=batch["mask"],
     )
+
+
+def over_mesh(function: Callable[..., Any], mesh: Mesh, **parts: Any) -> Callable[..., Any]:
+    """Returns `function` with its parts, and the mesh in context as the kernels need it."""
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **parts)
+
+    return on_mesh
 
 
 def compile_train_step(
@@ -181,7 +192,7 @@ def compile_train_step(
     """Returns the jitted `train_step` over the mesh; it donates the state and nothing else."""
     replicated = NamedSharding(mesh, P())
     return jax.jit(
-        functools.partial(train_step, model=model, optimizer=optimizer, recipe=recipe),
+        over_mesh(train_step, mesh, model=model, optimizer=optimizer, recipe=recipe),
         in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
@@ -193,7 +204,7 @@ def compile_eval_step(
 ) -> Callable[..., EvalMetrics]:
     """Returns the jitted `eval_step` over the mesh; `shardings` are the parameters'."""
     return jax.jit(
-        functools.partial(eval_step, model=model, mean=recipe.mean, std=recipe.std),
+        over_mesh(eval_step, mesh, model=model, mean=recipe.mean, std=recipe.std),
         in_shardings=(shardings, NamedSharding(mesh, BATCH)),
         out_shardings=NamedSharding(mesh, P()),
     )

@@ -1,6 +1,6 @@
 """Prepares the embedded data set anew: `python -m mambaout_jax.data.digits`.
 
-Needs scikit-learn (`pip install -e '.[test]'`); writes mambaout_jax/data/digits/<version>.
+Needs scikit-learn and importlib_resources; writes mambaout_jax/data/digits/<version>.
 """
 
 import shutil

@@ -1,0 +1,191 @@
+"""Pictures a second that the training pipeline makes on the host, beside timm's own loader.
+
+Both sides read the same folder of 500x375 JPEGs, in processes of their own that take turns on the
+same cores: random-resized crop to 224, flip, and RandAugment where the row says so. What either
+does on the accelerator (normalisation, erasing, ours also mixing) is left out. timm runs in an
+environment of its own:
+
+  python -m venv /tmp/timm && /tmp/timm/bin/pip install timm torch torchvision
+  python benchmarks/input_pipeline.py --timm_python=/tmp/timm/bin/python
+
+Wall time depends on what else the machine does; processor time (user and system, of the loader and
+its workers) a picture does less. `--memory` follows the resident memory of our side instead.
+"""
+
+import argparse
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+_POLICY = "rand-m9-mstd0.5-inc1"
+_BATCH = 64
+_WARM_UP = 6  # batches
+
+
+def write_pictures(directory: Path, count: int) -> None:
+    """Writes `count` JPEGs of 500x375 with detail at every scale, some 95 kB each."""
+    folder = directory / "train" / "class"
+    folder.mkdir(parents=True)
+    for number in range(count):
+        noise = np.random.RandomState(number)
+        picture = np.full((375, 500, 3), 128.0)
+        for cells, amplitude in ((8, 60), (32, 40), (120, 25), (375, 10)):
+            coarse = noise.standard_normal((cells, cells * 4 // 3, 3)) * amplitude + 128
+            coarse = Image.fromarray(coarse.clip(0, 255).astype(np.uint8))
+            picture += np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) - 128.0
+        file = io.BytesIO()
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        (folder / f"{number:05d}.JPEG").write_bytes(file.getvalue())
+
+
+def our_batches(directory: str, workers: int, policy: str, backend: str):
+    """Yields our training batches, endlessly."""
+    from configs import default
+    from mambaout_jax.data.pipeline import TrainBatches
+
+    config = default.get_config()
+    config.data.update(source="folder", dir=directory, num_classes=1, workers=workers, threads=1)
+    config.data.backend = backend
+    config.augment.policy = policy
+    config.batch_size = _BATCH
+    yield from TrainBatches(config)
+
+
+def timm_batches(directory: str, workers: int, policy: str):
+    """Yields the uint8 batches of timm's loader, endlessly, before they go to the device."""
+    import torch
+    from PIL import ImageOps
+    from timm.data import auto_augment, create_dataset, create_loader
+
+    def posterize(image, bits_to_keep, **_):  # Pillow 12 and later refuse zero bits
+        return ImageOps.posterize(image, max(bits_to_keep, 1))
+
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
+    torch.set_num_threads(1)
+    loader = create_loader(
+        create_dataset("", root=directory, split="train", is_training=True),
+        input_size=(3, 224, 224),
+        batch_size=_BATCH,
+        is_training=True,
+        use_prefetcher=True,
+        num_workers=workers,
+        persistent_workers=True,
+        color_jitter=None,
+        auto_augment=policy or None,
+        interpolation="random",
+        device=torch.device("cpu"),
+    )
+    while True:
+        yield from loader.loader  # the DataLoader under timm's transfer to the device
+
+
+def processor_seconds() -> float:
+    """Returns user and system time of this process and its living children (Linux)."""
+    ticks = 0
+    for pid in (os.getpid(), *_children()):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def resident_mib() -> float:
+    """Returns the resident memory of this process and its living children, in MiB (Linux)."""
+    pids = (os.getpid(), *_children())
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _children() -> list[int]:
+    tasks = Path("/proc/self/task").iterdir()
+    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+
+
+def measure(batches, images: int) -> dict[str, float]:
+    """Returns pictures a second and processor milliseconds a picture, after a warm-up."""
+    for _ in range(_WARM_UP):
+        next(batches)
+    steps = -(-images // _BATCH)
+    wall, processor = time.monotonic(), processor_seconds()
+    for _ in range(steps):
+        next(batches)
+    wall, processor = time.monotonic() - wall, processor_seconds() - processor
+    return {"rate": steps * _BATCH / wall, "cpu_ms": processor / (steps * _BATCH) * 1e3}
+
+
+def follow_memory(batches, images: int) -> None:
+    """Prints the resident memory as pictures go by."""
+    steps = images // _BATCH
+    for step in range(steps + 1):
+        next(batches)
+        if step % max(steps // 20, 1) == 0:
+            print(f"{step * _BATCH:7d} pictures  {resident_mib():8.1f} MiB", flush=True)
+
+
+def compare(options: argparse.Namespace, directory: str) -> None:
+    """Runs both sides in turns, and prints the medians."""
+    print(f"{'policy':22s} {'workers':>7s} {'side':18s} {'images/s':>9s} {'CPU ms/image':>13s}")
+    for policy in (_POLICY, ""):
+        for workers in options.workers:
+            runs: dict[str, list[dict]] = {side: [] for side in options.sides}
+            for _ in range(options.rounds):
+                for side in options.sides:
+                    python = options.timm_python if side == "timm" else sys.executable
+                    command = [python, __file__, f"--directory={directory}", f"--run={side}"]
+                    command += [f"--policy={policy}", f"--workers={workers}"]
+                    command += [f"--images={options.images}"]
+                    output = subprocess.run(command, capture_output=True, text=True, check=True)
+                    runs[side].append(json.loads(output.stdout.splitlines()[-1]))
+            for side, results in runs.items():
+                rate = statistics.median(result["rate"] for result in results)
+                cpu = statistics.median(result["cpu_ms"] for result in results)
+                label = policy or "none"
+                print(f"{label:22s} {workers:7d} {side:18s} {rate:9.0f} {cpu:13.2f}", flush=True)
+
+
+def main() -> None:
+    """Compares both sides, or runs the one that the parent process asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--timm_python", default="python", help="of an environment with timm")
+    parser.add_argument("--sides", nargs="+", default=["ours", "ours+fast", "timm"])
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=1024, help="timed in a run")
+    parser.add_argument("--pictures", type=int, default=512, help="written to the folder")
+    parser.add_argument("--memory", action="store_true", help="follow our memory instead")
+    parser.add_argument("--directory", default="", help="of the pictures; made if absent")
+    parser.add_argument("--policy", default=_POLICY)
+    parser.add_argument("--run", default="", help="one side, in this process")
+    options = parser.parse_args()
+    sys.path.insert(0, os.fspath(Path(__file__).parents[1]))
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = options.directory or temporary
+        if not (Path(directory) / "train").exists():
+            write_pictures(Path(directory), options.pictures)
+        side = options.run or ("ours" if options.memory else "")
+        if not side:
+            compare(options, directory)
+            return
+        if side == "timm":
+            batches = timm_batches(directory, options.workers[0], options.policy)
+        else:
+            backend = "fast" if side.endswith("+fast") else "pillow"
+            batches = our_batches(directory, options.workers[0], options.policy, backend)
+        if options.memory:
+            follow_memory(batches, options.images)
+        else:
+            print(json.dumps(measure(batches, options.images)))
+        sys.stdout.flush()
+        batches.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A page that classifies a picture and shows what its class rests on.
+
+    pip install mambaout_jax[demo]
+    python demo/app.py --model=mambaout_tiny.in1k
+
+With a checkpoint's path for --model it needs no network.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+from mambaout_jax.errors import UserError
+
+
+def build(name_or_path):
+    """Returns the page.
+
+    Raises:
+        UserError: when there are no such weights, or gradio is not installed.
+    """
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("the demo needs gradio: pip install mambaout_jax[demo]") from None
+    import jax.numpy as jnp
+    import numpy as np
+
+    from mambaout_jax.data.on_device import normalize
+    from mambaout_jax.data.preprocess import preprocess_image
+    from mambaout_jax.evidence import evidence_map, overlay
+    from mambaout_jax.prediction import Predictor
+    from mambaout_jax.weights.load import read_weights
+
+    params, info = read_weights(name_or_path)
+    model = info.create_model()
+    predictor = Predictor(model, params, info, batch_size=1)
+    preprocessing = info.preprocessing
+
+    def classify(path):
+        if path is None:
+            raise gradio.Error("Choose a picture first.")
+        try:
+            picture = preprocess_image(Path(path).read_bytes(), preprocessing, "the file")
+        except UserError as error:
+            raise gradio.Error(str(error)) from None
+        values, indices = predictor.predict_images(picture[None])
+        pixels = normalize(picture[None], preprocessing.mean, preprocessing.std)
+        heat = evidence_map(params, pixels, jnp.asarray(indices[:, 0]), model=model)
+        best = zip(indices[0].tolist(), values[0].tolist(), strict=True)
+        answer = {predictor.labels[index]: value for index, value in best}
+        return answer, overlay(picture, np.asarray(heat[0]))
+
+    return gradio.Interface(
+        classify,
+        gradio.Image(type="filepath", label="Picture", sources=["upload"]),
+        [
+            gradio.Label(num_top_classes=5, label="Classes"),
+            gradio.Image(label="What the first class rests on", interactive=False),
+        ],
+        title=f"MambaOut: {info.model}",
+        flagging_mode="never",
+    )
+
+
+def main(argv=None):
+    """Serves the page until it is interrupted; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", default="mambaout_tiny.in1k", help="a hub's name or a checkpoint"
+    )
+    parser.add_argument("--port", type=int, default=7860)
+    args = parser.parse_args(argv)
+    try:
+        page = build(args.model)
+        try:
+            page.launch(server_name="127.0.0.1", server_port=args.port)
+        except OSError:
+            raise UserError(
+                f"port {args.port} is in use: choose another with --port={args.port + 1}"
+            ) from None
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands of python -m mambaout_jax, one to a file."""

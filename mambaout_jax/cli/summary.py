@@ -1,0 +1,52 @@
+"""Prints a network's layers with their parameters and multiply-accumulates."""
+
+import argparse
+
+SUMMARY = "Prints the layers of a variant with their parameters and multiply-accumulates."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("model", help="a variant, see: python -m mambaout_jax models")
+    parser.add_argument("--size", type=int, help="of a square image, in pixels (default: its own)")
+    parser.add_argument("--classes", type=int, help="width of the logits (default: 1000)")
+    parser.add_argument(
+        "--depth",
+        type=int,
+        default=2,
+        help="levels shown: 1 stages, 2 blocks, 3 layers (default: 2)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table."""
+    from mambaout_jax.cli.table import format_table
+    from mambaout_jax.errors import UserError
+    from mambaout_jax.models.counting import count_layers
+    from mambaout_jax.models.mambaout import create_model, find_variant
+
+    size = find_variant(args.model).image_size if args.size is None else args.size
+    for option, number, least in (
+        ("--size", size, 1),
+        ("--depth", args.depth, 0),
+        ("--classes", args.classes or 0, 0),
+    ):
+        if number < least:
+            raise UserError(f"{option} is {number}: expected at least {least}")
+    model = create_model(args.model, num_classes=args.classes, depthwise="xla")
+    layers = count_layers(model, (size, size, 3))
+    rows = [
+        (
+            "  " * (len(layer.path) - 1) + "/".join(layer.path[-1:]),
+            layer.kind,
+            "x".join(map(str, layer.shape)),
+            f"{layer.params:,}",
+            f"{layer.macs:,}",
+        )
+        for layer in layers
+        if 0 < len(layer.path) <= args.depth and layer.kind != "Dropout"
+    ]
+    total = next(layer for layer in layers if not layer.path)
+    rows.append((args.model, "", f"{size}x{size}x3 in", f"{total.params:,}", f"{total.macs:,}"))
+    print(format_table(("layer", "kind", "answer", "parameters", "MACs"), rows, left=2))
+    return 0

@@ -1,0 +1,151 @@
+"""Counts of parameters and multiply-accumulates: pinned, and checked against published figures."""
+
+import json
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from mambaout_jax.__main__ import main
+from mambaout_jax.errors import UserError
+from mambaout_jax.models.counting import (
+    attention_block_macs,
+    count_layers,
+    count_total,
+    long_sequence,
+)
+from mambaout_jax.models.mambaout import VARIANTS, create_model
+
+MACS = {
+    "mambaout_femto": 1_156_177_152,
+    "mambaout_kobe": 1_515_186_432,
+    "mambaout_tiny": 4_486_040_064,
+    "mambaout_small": 8_960_334_336,
+    "mambaout_base": 15_826_206_720,
+    "mambaout_small_rw": 8_958_676_416,
+    "mambaout_base_short_rw": 16_308_448_576,
+    "mambaout_base_tall_rw": 16_147_860_288,
+    "mambaout_base_wide_rw": 17_781_468_544,
+    "mambaout_base_plus_rw": 19_192_367_488,
+    "test_mambaout": 49_153_536,
+}
+PUBLISHED = {  # in units of 1e9
+    "mambaout_femto": "1.2",
+    "mambaout_kobe": "1.5",
+    "mambaout_tiny": "4.5",
+    "mambaout_small": "9.0",
+    "mambaout_base": "15.8",
+}
+
+
+def test_the_models_command_tells_exact_counts_that_round_to_the_published(capsys):
+    assert main(["models", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {row["model"]: row["macs"] for row in listed["variants"]} == MACS
+    assert {row["model"]: row["params"] for row in listed["variants"]} == {
+        name: variant.params for name, variant in VARIANTS.items()
+    }
+    assert {name: f"{MACS[name] / 1e9:.1f}" for name in PUBLISHED} == PUBLISHED
+    assert main(["models"]) == 0
+    table = capsys.readouterr().out
+    assert "mambaout_tiny            26,545,096       4.49 G         82.74   83.45" in table
+
+
+def test_a_block_by_hand():
+    """LN 5 C, fc1 C 2h, depthwise 49 c, fc2 h C for each position."""
+    model = create_model("mambaout_base_wide_rw", depthwise="xla")
+    layers = {layer.path: layer for layer in count_layers(model, (64, 64, 3))}
+    block = layers[("stages_2", "blocks_1")]
+    width, hidden, conv, positions = 512, 3 * 512, 768, 4 * 4
+    macs = 5 * width + width * 2 * hidden + 49 * conv + hidden * width
+    assert block.macs == positions * macs
+    norm_and_scale = 3 * width
+    fc1, dwconv, fc2 = (width + 1) * 2 * hidden, 50 * conv, (hidden + 1) * width
+    assert block.params == norm_and_scale + fc1 + dwconv + fc2
+    assert block.shape == (4, 4, width)
+
+
+def test_a_layer_holds_what_its_parts_hold():
+    layers = count_layers(create_model("test_mambaout", depthwise="xla"), (64, 48, 3))
+    total = layers[0]
+    assert total.path == ()
+    for parent in layers:
+        children = [
+            layer
+            for layer in layers
+            if layer.path[:-1] == parent.path and len(layer.path) == len(parent.path) + 1
+        ]
+        if children:
+            assert parent.macs == sum(layer.macs for layer in children)
+            own = parent.params - sum(layer.params for layer in children)
+            assert own == (parent.shape[-1] if parent.kind == "GatedCNNBlock" else 0)
+
+
+def test_the_summary_command(capsys):
+    assert main(["summary", "mambaout_femto", "--depth=1", "--size=288", "--classes=10"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "layer", "stem", "stages_0", "stages_1", "stages_2", "stages_3", "head", "mambaout_femto"
+    ]  # fmt: skip
+    model = create_model("mambaout_femto", num_classes=10, depthwise="xla")
+    total = count_total(model, (288, 288, 3))
+    assert lines[-1].split()[-2:] == [f"{total.params:,}", f"{total.macs:,}"]
+    for arguments, message in (
+        (["mambaout_fmto"], "did you mean 'mambaout_femto'?"),
+        (["mambaout_femto", "--size=16"], "at least 32 pixels"),
+        (["mambaout_femto", "--size=0"], "--size is 0"),
+        (["mambaout_femto", "--depth=-1"], "--depth is -1"),
+    ):
+        assert main(["summary", *arguments]) == 1
+        assert message in capsys.readouterr().err
+
+
+def count_products(jaxpr):
+    """Returns the multiply-accumulates of all matrix products of a program."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            inner = math.prod(left[axis] for axis in contracted)
+            total += inner * math.prod(equation.outvars[0].aval.shape)
+        total += sum(count_products(inner) for inner in jaxprs_in_params(equation.params))
+    return total
+
+
+def test_the_formula_counts_a_transformer_block():
+    width, tokens = 24, 10
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x += nn.MultiHeadDotProductAttention(3)(x)
+            return x + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(x)))
+
+    x = jnp.zeros((1, tokens, width))
+    with jax.numpy_rank_promotion("allow"):
+        params = jax.eval_shape(Block().init, jax.random.key(0), x)
+        jaxpr = jax.make_jaxpr(Block().apply)(params, x)
+    assert sum(attention_block_macs(width, tokens)) == count_products(jaxpr.jaxpr)
+
+
+def test_six_widths_of_tokens_are_a_long_sequence(capsys):
+    linear, quadratic = attention_block_macs(384, long_sequence(384))
+    assert linear == quadratic
+    assert main(["flops", "--width=384"]) == 0
+    short = capsys.readouterr().out
+    assert "752,640,000" in short  # 24 * 384**2 * 196 + 4 * 384 * 196**2
+    assert "470,550,528" in short
+    assert "L = 196 <= 6D = 2,304: not a long sequence" in short
+    assert main(["flops", "--width=384", "--size", "800", "1280"]) == 0
+    assert "L = 4,000 > 6D = 2,304: a long sequence" in capsys.readouterr().out
+    assert main(["flops", "--patch=0"]) == 1
+    assert "expected a positive" in capsys.readouterr().err
+
+
+def test_the_network_refuses_what_it_cannot_take():
+    with pytest.raises(UserError, match="at least 32"):
+        count_total(create_model("test_mambaout"), (16, 64, 3))

@@ -1,0 +1,168 @@
+"""Sources: what they hand out, and one clear sentence for each mistake."""
+
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from imagenet_fixture import jpeg, write_imagenet
+from PIL import Image
+
+from configs import default
+from mambaout_jax.data.sources import open_source
+from mambaout_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    return write_imagenet(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, classes in (("train", "abc"), ("val", "ac")):
+        for number, name in enumerate(classes):
+            (tmp_path / split / name).mkdir(parents=True)
+            for picture in range(2):
+                (tmp_path / split / name / f"{picture}.JPEG").write_bytes(jpeg(number))
+    return tmp_path
+
+
+def data(**options):
+    config = default.get_config().data
+    config.update(options)
+    return config
+
+
+def folder_data(folder, **options):
+    return data(source="folder", dir=str(folder), num_classes=3, **options)
+
+
+def test_imagenet_gives_the_encoded_file(imagenet):
+    source = open_source(data(dir=str(imagenet)), "train")
+    assert (len(source), source.num_classes, source.class_names[0]) == (64, 1000, "n01440764")
+    files = {jpeg(number): number * 37 % 1000 for number in range(64)}
+    for index in range(64):
+        record = source[index]
+        assert files.pop(record["image"]) == record["label"]
+        assert record["name"].startswith(f"imagenet2012/5.1.0/train[{index}] (train_")
+
+
+def test_tfds_takes_its_directory_from_the_environment(imagenet, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(imagenet))
+    assert len(open_source(data(), "validation")) == 20
+    assert len(open_source(data(name="imagenet2012:5.1.0"), "train[:25%]")) == 16
+
+
+def test_sources_travel_to_worker_processes(imagenet, folder):
+    for source in (
+        open_source(data(dir=str(imagenet)), "train[:10]"),
+        open_source(folder_data(folder), "train"),
+    ):
+        copy = pickle.loads(pickle.dumps(source))
+        assert len(copy) == len(source)
+        assert copy[3] == source[3]
+
+
+def test_digits_ship_with_the_package():
+    source = open_source(data(name="digits", num_classes=10), "train")
+    held_out = open_source(data(name="digits", num_classes=10), "validation")
+    assert (len(source), len(held_out)) == (1437, 360)
+    labels = [held_out[index]["label"] for index in range(360)]
+    np.testing.assert_array_equal(np.bincount(labels), [36] * 10)
+
+
+def test_digits_are_what_their_builder_makes():
+    from mambaout_jax.data.digits.digits_dataset_builder import Builder
+
+    source = open_source(data(name="digits", num_classes=10), "validation")
+    shipped = {source[i]["name"].split("(")[1][:-1]: source[i] for i in range(len(source))}
+    made = dict(Builder._generate_examples(None, held_out=True))
+    assert made.keys() == shipped.keys()
+    for name, example in made.items():
+        assert example["label"] == shipped[name]["label"]
+        pixels = [
+            np.asarray(Image.open(file))
+            for file in (example["image"], io.BytesIO(shipped[name]["image"]))
+        ]
+        np.testing.assert_array_equal(*pixels)
+
+
+def test_reading_never_loads_tensorflow_or_torch():
+    script = (
+        "import sys; from configs import default;"
+        "from mambaout_jax.data.sources import open_source;"
+        "c = default.get_config().data; c.name = 'digits'; c.num_classes = 10;"
+        "open_source(c, 'train')[0]; assert not {'tensorflow', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_folder_numbers_classes_by_the_training_split(folder):
+    source = open_source(folder_data(folder), "val")
+    assert source.class_names == ["a", "b", "c"]
+    assert [source[i]["label"] for i in range(len(source))] == [0, 0, 2, 2]
+    assert source[3]["name"] == str(folder / "val" / "c" / "1.JPEG")
+    assert source[3]["image"] == jpeg(1)
+
+
+def test_data_not_prepared_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="tfds build imagenet2012 --file_format=array_record") as e:
+        open_source(data(dir=str(tmp_path)), "train")
+    assert f"--data_dir={tmp_path}" in str(e.value)
+
+
+def test_tfrecord_names_the_conversion(imagenet, tmp_path):
+    version = tmp_path / "imagenet2012" / "5.1.0"
+    version.mkdir(parents=True)
+    for name in ("dataset_info.json", "features.json", "label.labels.txt"):
+        (version / name).write_bytes((imagenet / "imagenet2012" / "5.1.0" / name).read_bytes())
+    info = json.loads((version / "dataset_info.json").read_text())
+    (version / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(UserError, match=r"tfds convert_format .*--out_file_format=array_record"):
+        open_source(data(dir=str(tmp_path)), "train")
+
+
+def test_array_record_beside_tfrecord_is_read(imagenet, tmp_path):
+    version = shutil.copytree(imagenet / "imagenet2012" / "5.1.0", tmp_path / "5.1.0")
+    info = json.loads((version / "dataset_info.json").read_text())
+    info |= {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
+    (version / "dataset_info.json").write_text(json.dumps(info))
+    assert len(open_source(data(dir=str(version)), "train")) == 64
+
+
+def test_unknown_splits_name_the_known_ones(imagenet, folder):
+    with pytest.raises(UserError, match="no split 'test'; its splits are train, validation"):
+        open_source(data(dir=str(imagenet)), "test")
+    with pytest.raises(UserError, match="no split 'validation'; there is train, val"):
+        open_source(folder_data(folder), "validation")
+
+
+def test_class_count_must_fit(imagenet):
+    with pytest.raises(UserError, match=r"num_classes is 10, .*--config.data.num_classes=1000"):
+        open_source(data(dir=str(imagenet), num_classes=10), "train")
+
+
+def test_folder_mistakes_are_named(folder, tmp_path):
+    with pytest.raises(UserError, match="nowhere', which is no folder"):
+        open_source(folder_data(tmp_path / "nowhere"), "train")
+    (folder / "val" / "z").mkdir()
+    with pytest.raises(UserError, match=r"z is a class that .*train lacks"):
+        open_source(folder_data(folder), "val")
+    (folder / "train" / "b" / "notes.txt").write_text("no picture")
+    with pytest.raises(UserError, match=r"notes.txt is no image"):
+        open_source(folder_data(folder), "train")
+    (folder / "train" / "b" / "notes.txt").unlink()
+    for picture in (folder / "train" / "b").iterdir():
+        picture.unlink()
+    with pytest.raises(UserError, match=r"class folder .*b is empty"):
+        open_source(folder_data(folder), "train")
+
+
+def test_unknown_source_is_refused():
+    with pytest.raises(UserError, match=r"data.source is 'zip'; it is either 'tfds' or 'folder'"):
+        open_source(data(source="zip"), "train")

@@ -1,0 +1,108 @@
+"""The demo in a real Chromium: upload a file, read the classes, see the heat map."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_weights
+
+ROOT = Path(__file__).parents[1]
+APP = ROOT / "demo" / "app.py"
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    names = ("ant", "bee", "cat", "dog", "elk", "fox")
+    directory = tmp_path_factory.mktemp("weights") / "w"
+    return small_weights.write(directory, num_classes=6, class_names=names)
+
+
+@pytest.fixture(scope="module")
+def page(weights, tmp_path_factory):
+    """The page's address and the port that it holds."""
+    pytest.importorskip("gradio", reason="the demo needs gradio (extra: demo)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("log") / "log.txt"
+    command = [sys.executable, str(APP), f"--model={weights}", f"--port={port}"]
+    with log.open("w") as output:
+        server = subprocess.Popen(command, env=environment(), stdout=output, stderr=output)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", port
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("chromium and chromedriver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.add_argument("--window-size=1200,900")
+    service = webdriver.ChromeService(driver)
+    with webdriver.Chrome(options=options, service=service) as opened:
+        yield opened
+
+
+def test_upload_classes_and_heat_map(page, browser, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    small_weights.picture(0).save(tmp_path / "picture.png")
+    browser.get(page[0])
+    wait = WebDriverWait(browser, 60)
+    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+    browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(
+        str(tmp_path / "picture.png")
+    )
+    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, ".image-container img, .image-frame img"))
+    browser.find_element(By.XPATH, "//button[contains(., 'Submit')]").click()
+    wait.until(lambda b: "%" in b.find_element(By.TAG_NAME, "body").text)
+    text = browser.find_element(By.TAG_NAME, "body").text
+    assert sum(name in text.split() for name in ("ant", "bee", "cat", "dog", "elk", "fox")) >= 5
+    wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "img[src*='/file=']")) >= 1)
+    shot = Path(os.environ.get("DEMO_SCREENSHOT", tmp_path / "demo.png"))
+    assert browser.save_screenshot(str(shot))
+    assert shot.stat().st_size > 10_000
+
+
+def test_a_port_in_use(page, weights):
+    command = [sys.executable, str(APP), f"--model={weights}", f"--port={page[1]}"]
+    result = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last == f"error: port {page[1]} is in use: choose another with --port={page[1] + 1}"
+
+
+def test_no_weights():
+    pytest.importorskip("gradio", reason="the demo needs gradio (extra: demo)")
+    result = subprocess.run(
+        [sys.executable, str(APP), "--model=nope.pth"],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")

@@ -1,0 +1,61 @@
+"""The heat map tells what a class rests on."""
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_weights
+
+from mambaout_jax.evidence import evidence_map, overlay
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = small_weights.INFO.create_model()
+    return model, golden.params(model)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return golden.images(3, 2, 64)
+
+
+def test_it_is_the_first_order_change_of_the_logit_by_position(network, images):
+    """Scaling one position's activations moves the logit by its part of the map."""
+    model, params = network
+    classes = jnp.array([5, 900])
+    heat = evidence_map(params, images, classes, model=model)
+    assert heat.shape == (2, 2, 2)
+    variables = {"params": params}
+    features = jax.jit(lambda x: model.apply(variables, x, method="features"))(images)[-1]
+
+    @jax.jit
+    def logit(factors):
+        scaled = features * factors[..., None]
+        logits = model.apply(variables, scaled, method=lambda m, x: m.head(x))
+        return logits[jnp.arange(2), classes]
+
+    step = 1e-2
+    for position in ((0, 0), (1, 0)):
+        moved = jnp.zeros((2, 2, 2)).at[:, *position].set(step)
+        change = (logit(1 + moved) - logit(1 - moved)) / (2 * step)
+        np.testing.assert_allclose(heat[:, *position], change, rtol=2e-2, atol=1e-3)
+
+
+def test_another_class_has_another_map(network, images):
+    model, params = network
+    one, other = (evidence_map(params, images, jnp.array([c, c]), model=model) for c in (5, 900))
+    assert not np.allclose(one, other)
+    assert jax.dtypes.result_type(one) == jnp.float32
+
+
+def test_overlay_is_brightest_where_the_map_is():
+    picture = np.full((64, 64, 3), 100, np.uint8)
+    painted = overlay(picture, np.array([[0.0, 2.0], [-5.0, 0.0]]))
+    assert painted.shape == picture.shape
+    assert painted.dtype == np.uint8
+    assert painted[8, 56].sum() > painted[8, 8].sum()
+    black = [50, 50, 52]  # half the picture, half the beginning of inferno
+    np.testing.assert_allclose(painted[56, 8], black, atol=2)
+    np.testing.assert_allclose(overlay(picture, np.zeros((2, 2)))[0, 0], black, atol=2)

@@ -1,0 +1,102 @@
+"""The exported network runs without this package, at any batch size, and answers as the model."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+import small_weights
+
+from mambaout_jax import load_pretrained
+from mambaout_jax.__main__ import main
+from mambaout_jax.data.on_device import normalize
+from mambaout_jax.labels import imagenet_names
+
+pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers: pip install flatbuffers")
+
+LOADER = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mambaout_jax", "flax", "PIL", "optax", "orbax"):
+            raise ImportError(f"{name} is not needed")
+sys.meta_path.insert(0, Blocked())
+sys.path.insert(0, "examples")
+import numpy as np, run_exported
+network, labels = run_exported.load(sys.argv[1])
+images = np.load(sys.argv[2])
+np.savez(sys.argv[3], *[network(images[:batch]) for batch in (1, 3)])
+print(len(labels), labels[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return small_weights.write(tmp_path_factory.mktemp("weights") / "w")
+
+
+@pytest.fixture(scope="module")
+def exported(weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "network.zip"
+    assert main(["export", "--model", str(weights), str(path)]) == 0
+    return path
+
+
+def test_the_answer_without_this_package_is_the_models(weights, exported, tmp_path):
+    images = np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    files = [str(exported), str(tmp_path / "images.npy"), str(tmp_path / "logits.npz")]
+    result = subprocess.run(
+        [sys.executable, "-c", LOADER, *files], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "1000 goldfish, Carassius auratus\n"
+    model, params = load_pretrained(weights)
+    p = small_weights.INFO.preprocessing
+    want = jax.jit(model.apply)({"params": params}, normalize(images, p.mean, p.std))
+    with np.load(tmp_path / "logits.npz") as logits:
+        for name, batch in (("arr_0", 1), ("arr_1", 3)):
+            assert logits[name].shape == (batch, 1000)
+            np.testing.assert_allclose(logits[name], want[:batch], rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_beside_the_network(exported):
+    with zipfile.ZipFile(exported) as archive:
+        program = jax.export.deserialize(bytearray(archive.read("network.jax")))
+        assert archive.read("labels.txt").decode().splitlines() == list(imagenet_names())
+        record = json.loads(archive.read("preprocessing.json"))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    assert record["size"] == 32
+    assert record["crop_pct"] == 0.9
+    assert record["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_one_platform(weights, tmp_path):
+    path = tmp_path / "network.zip"
+    assert main(["export", "--model", str(weights), "--platforms", "tpu", "--", str(path)]) == 0
+    with zipfile.ZipFile(path) as archive:
+        program = jax.export.deserialize(bytearray(archive.read("network.jax")))
+    assert program.platforms == ("tpu",)
+
+
+def test_mistakes(weights, exported, tmp_path, capsys):
+    assert main(["export", "--model", str(weights), str(exported)]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert main(["export", "--model", str(tmp_path / "no.pth"), str(tmp_path / "x.zip")]) == 1
+    assert "no.pth" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["export", "--model", str(weights), str(tmp_path / "file" / "x.zip")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_flatbuffers_is_asked_for(weights, tmp_path, monkeypatch, capsys):
+    def missing(*_, **__):
+        raise ImportError("flatbuffers")
+
+    monkeypatch.setattr(jax.export.Exported, "serialize", missing)
+    assert main(["export", "--model", str(weights), str(tmp_path / "x.zip")]) == 1
+    assert "pip install mambaout_jax[export]" in capsys.readouterr().err
+    assert not (tmp_path / "x.zip").exists()

@@ -1,0 +1,255 @@
+"""Whole runs on real pictures: train, resume, evaluate, and every mistake a user can make."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from imagenet_fixture import jpeg, write_imagenet
+
+from mambaout_jax import config as configuration
+from mambaout_jax.errors import UserError
+from mambaout_jax.evaluation import evaluate_weights
+from mambaout_jax.training.loop import train
+from mambaout_jax.training.losses import Losses
+from mambaout_jax.weights.store import load_weights
+
+ROOT = Path(__file__).parents[1]
+
+
+def small_config(**keys):
+    """The quickstart's data and the smallest run; eight devices share each batch of 16."""
+    config = configuration.load_config(ROOT / "configs/quickstart.py")
+    small = {
+        "model.depthwise": "xla",
+        "model.drop_path_rate": 0.1,
+        "data.train_split": "train[:64]",
+        "data.eval_split": "validation[:30]",
+        "batch_size": 16,
+        "eval.batch_size": 16,
+        "schedule.duration": "4 epochs",
+        "optimizer.ema_decay": 0.9,
+        "schedule.warmup": "1 epochs",
+        "log.every": "2 steps",
+    }
+    config.update_from_flattened_dict(small | keys)
+    return config
+
+
+def run_main(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "main.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 16 steps, four epochs, with averaged parameters."""
+    workdir = epath.Path(tmp_path_factory.mktemp("run")) / "straight"
+    train(small_config(), workdir)
+    return workdir
+
+
+def test_a_run_leaves_all_that_a_person_looks_at(finished):
+    with (finished / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [4, 8, 12, 16]
+    assert [float(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert json.loads((finished / "config.json").read_text())["data.name"] == "digits"
+
+
+def test_the_newest_two_and_the_best_checkpoint_stay(finished):
+    with (finished / "metrics.csv").open() as file:
+        top1 = {int(row["step"]): float(row["top1"]) for row in csv.DictReader(file)}
+    steps = {int(path.name) for path in (finished / "checkpoints").iterdir()}
+    best = {step for step, value in top1.items() if value == max(top1.values())}
+    assert {12, 16} <= steps
+    assert best & steps
+    assert len(steps) <= 3
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished, caplog):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    with caplog.at_level("INFO"):
+        train(small_config(), finished)
+    assert "finished already: 16 steps, top-1" in caplog.text
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch after an evaluation, with a later row already written."""
+    workdir = tmp_path / "stopped"
+    config = small_config(**{"checkpoint.every": "6 steps"})
+    push = Losses.push
+
+    def stop_at_ten(losses, step, loss):
+        if step == 10:
+            raise KeyboardInterrupt
+        push(losses, step, loss)
+
+    monkeypatch.setattr(Losses, "push", stop_at_ten)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, workdir)
+    monkeypatch.undo()
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"6"}
+    train(config, workdir)
+    expected, got = (
+        load_weights(finished / "checkpoints/16"),
+        load_weights(workdir / "checkpoints/16"),
+    )
+    jax.tree.map(np.testing.assert_array_equal, expected[0], got[0])
+    assert (workdir / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
+
+
+def test_evaluation_of_a_checkpoint_equals_the_runs_own(finished, tmp_path):
+    """Thirty pictures, which no batch divides, in two batch sizes."""
+    with (finished / "metrics.csv").open() as file:
+        best = max(csv.DictReader(file), key=lambda row: (float(row["top1"]), int(row["step"])))
+    for batch_size in (16, 40):
+        config = small_config(**{"eval.batch_size": batch_size, "init_from": str(finished)})
+        report = evaluate_weights(config, tmp_path / str(batch_size))
+        assert report["examples"] == 30
+        np.testing.assert_allclose(report["top1"], float(best["top1"]), rtol=1e-6)
+        np.testing.assert_allclose(report["loss"], float(best["eval_loss"]), rtol=1e-5)
+        assert json.loads((tmp_path / str(batch_size) / "eval.json").read_text()) == report
+
+
+def test_evaluation_refuses_weights_of_another_model(finished, tmp_path):
+    config = small_config(**{"init_from": str(finished), "model.name": "mambaout_femto"})
+    with pytest.raises(UserError, match="'mambaout_femto', but the weights have"):
+        evaluate_weights(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fine_tuning_starts_from_the_weights_and_swaps_the_last_layer(finished, tmp_path, caplog):
+    """Two classes of a folder of pictures, at another resolution, from the ten digits' weights."""
+    for split, count in (("train", 8), ("val", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "pets" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number}.jpg").write_bytes(jpeg(100 * label + number))
+    keys = {
+        "init_from": str(finished),
+        "data.source": "folder",
+        "data.dir": str(tmp_path / "pets"),
+        "data.train_split": "train",
+        "data.eval_split": "val",
+        "data.num_classes": 2,
+        "data.image_size": 40,
+        "optimizer.ema_decay": 0.0,
+        "schedule.duration": "1 steps",
+        "schedule.warmup": "",
+        "schedule.learning_rate": 0.0,
+        "schedule.min_learning_rate": 0.0,
+    }
+    with caplog.at_level("INFO"):
+        train(small_config(**keys), tmp_path / "run")
+    assert "the last layer is new, for 2 classes" in caplog.text
+    (params, info), (start, _) = load_weights(tmp_path / "run"), load_weights(finished)
+    assert info.class_names == ("cat", "dog")
+    assert params["head"].pop("fc2")["kernel"].shape == (256, 2)
+    del start["head"]["fc2"]
+    jax.tree.map(np.testing.assert_array_equal, params, start)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model.name": "mambaout_tinny"}, "did you mean 'mambaout_tiny'"),
+        ({"data.name": "imagenet2012"}, "tfds build imagenet2012 --file_format=array_record"),
+        ({"data.num_classes": 11}, "has 10 classes"),
+        ({"batch_size": 12}, "does not divide over 8 devices"),
+        ({"batch_size": 72}, "64"),
+        ({"data.source": "folder", "data.dir": "/nonexistent"}, "/nonexistent"),
+        ({"model.depthwise": "fast"}, "implementation 'fast'"),
+        ({"augment.policy": "rand-m9-q"}, "rand-m9-q"),
+    ],
+)
+def test_mistakes_are_named_before_the_workdir_exists(keys, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no_data"))
+    with pytest.raises(UserError, match=re.escape(message)):
+        train(small_config(**keys), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_is_none_is_named_and_leaves_no_workdir(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            for number in range(8):
+                (tmp_path / "pets" / split / name / f"{number}.jpg").write_bytes(jpeg(number))
+    (tmp_path / "pets/train/dog/3.jpg").write_text("this is no picture")
+    keys = {
+        "data.source": "folder",
+        "data.dir": str(tmp_path / "pets"),
+        "data.train_split": "train",
+        "data.eval_split": "val",
+        "data.num_classes": 2,
+    }
+    with pytest.raises(UserError, match=r"dog/3\.jpg"):
+        train(small_config(**keys), epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
+    losses = Losses()
+    losses.push(1, np.float32(2.0))
+    losses.push(2, np.float32("nan"))
+    with pytest.raises(UserError, match="the loss of step 2 is nan"):
+        losses.push(3, np.float32(1.0))
+
+
+def test_tiny_trains_on_a_small_imagenet(tmp_path):
+    """The paper's configuration, as a user starts it, on TFDS's imagenet2012 at few pixels."""
+    data = write_imagenet(tmp_path / "data", train=32, validation=6)
+    done = run_main(
+        "--config=configs/tiny.py",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.dir={data}",
+        "--config.data.image_size=32",
+        "--config.model.depthwise=xla",
+        "--config.batch_size=16",
+        "--config.eval.batch_size=4",
+        "--config.schedule.duration=1 epochs",
+        "--config.schedule.cooldown=",
+        "--config.log.every=1 steps",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Total: 26,545,096" in done.stderr
+    assert re.search(r"step 2/2: loss [\d.]+, lr [\d.e-]+, [\d,]+ images/s.* left", done.stderr)
+    assert "epoch 1/1: train loss" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/tiny.py", "--config.batchsize=3", "--workdir=x"], "batch_size"),
+        (["--config=configs/tinny.py", "--workdir=x"], "configs/tiny.py"),
+        (["--config=configs/quickstart.py"], "workdir"),
+        (["--config=configs/quickstart.py", "--workdir=x", "--config.batch_size=a"], "batch_size"),
+        (["--config=configs/quickstart.py", "--workdir=x", "eval"], "'eval' is no flag"),
+    ],
+)
+def test_main_answers_a_mistake_in_a_sentence(arguments, message):
+    done = run_main(*arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (ROOT / "x").exists()

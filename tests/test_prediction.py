@@ -1,0 +1,201 @@
+"""Predictions equal the model's own, in every way of asking; every mistake gets its sentence."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import small_weights
+from huggingface_hub import constants
+from PIL import Image
+
+from mambaout_jax import load_pretrained, preprocess_image
+from mambaout_jax.__main__ import main
+from mambaout_jax.data.on_device import normalize
+from mambaout_jax.errors import UserError
+from mambaout_jax.labels import class_names, imagenet_names, imagenet_wordnet_ids
+from mambaout_jax.prediction import Predictor, find_pictures
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return small_weights.write(tmp_path_factory.mktemp("weights") / "w")
+
+
+@pytest.fixture(scope="module")
+def predictor(weights):
+    return Predictor.load(weights, batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return small_weights.write_pictures(tmp_path_factory.mktemp("pictures"), 11)
+
+
+@pytest.fixture(scope="module")
+def own(weights, files):
+    """What the model says of the files: probabilities [11, 1000]."""
+    model, params = load_pretrained(weights)
+    p = small_weights.INFO.preprocessing
+    images = np.stack([preprocess_image(file.read_bytes(), p) for file in files])
+    pixels = normalize(images, p.mean, p.std)
+    return np.asarray(jax.nn.softmax(jax.jit(model.apply)({"params": params}, pixels)))
+
+
+def test_files_are_classified_as_by_the_model(predictor, own, files):
+    assert predictor.batch_size == 8, "rounded up to the eight devices"
+    predictions = list(predictor.predict_files(files))
+    assert [p.name for p in predictions] == [str(file) for file in files]
+    for prediction, want in zip(predictions, own, strict=True):
+        best = np.argsort(-want)[:5]
+        assert [guess.index for guess in prediction.best] == best.tolist()
+        got = [guess.probability for guess in prediction.best]
+        np.testing.assert_allclose(got, want[best], rtol=1e-4)
+        assert [guess.label for guess in prediction.best] == [imagenet_names()[i] for i in best]
+
+
+def test_the_batch_is_split_over_all_devices_and_one_program_is_compiled(predictor, files):
+    list(predictor.predict_files(files))
+    values, _ = predictor._dispatch(np.zeros((3, 32, 32, 3), np.uint8))
+    assert len(values.sharding.device_set) == 8
+    assert values.sharding.shard_shape(values.shape)[0] == 1
+    assert predictor._best._cache_size() == 1
+
+
+def test_on_tpus_each_device_runs_the_kernels_on_its_part_of_the_batch(tmp_path):
+    overrides = {**small_weights.INFO.overrides, "depthwise": "auto"}
+    predictor = Predictor.load(small_weights.write(tmp_path / "w", overrides=overrides))
+    images = jax.ShapeDtypeStruct((64, 32, 32, 3), np.uint8, sharding=predictor._split)
+    traced = predictor._best.trace(predictor._params, images)
+    program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in program
+    assert "manual_computation" in program
+
+
+def test_a_choice_of_classes(weights, own, files):
+    chosen = Predictor.load(weights, batch_size=8, top=2, classes=[7, 3, 900])
+    want = own[0, [7, 3, 900]]
+    (prediction,) = chosen.predict_files(files[:1])
+    order = np.argsort(-want)[:2]
+    assert [guess.index for guess in prediction.best] == [[7, 3, 900][i] for i in order]
+    got = [guess.probability for guess in prediction.best]
+    np.testing.assert_allclose(got, want[order] / want.sum(), rtol=1e-4)
+
+
+def test_labels():
+    assert len(set(imagenet_wordnet_ids())) == 1000
+    assert class_names(None, 1000)[:2] == ("tench, Tinca tinca", "goldfish, Carassius auratus")
+    assert class_names(("ant", "bee"), 2) == ("ant", "bee")
+    assert class_names(("n01443537", "bee"), 2) == ("goldfish, Carassius auratus", "bee")
+    assert class_names(None, 2) == ("class 0", "class 1")
+
+
+def test_the_table_and_json(weights, own, files, capsys):
+    assert main(["predict", "--model", str(weights), "--top=2", str(files[3])]) == 0
+    name, first, second = capsys.readouterr().out.splitlines()
+    best = np.sort(own[3])[::-1]
+    assert name == str(files[3])
+    assert first.split()[0] == f"{best[0]:.2%}"
+    assert second.split()[0] == f"{best[1]:.2%}"
+    folder = files[0].parent
+    assert main(["predict", "--model", str(weights), "--json", "--batch-size=8", str(folder)]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [record["file"] for record in records] == [str(file) for file in files]
+    assert records[3]["predictions"][0]["probability"] == pytest.approx(best[0], rel=1e-4)
+    assert len(records[3]["predictions"]) == 5
+
+
+def test_a_bad_picture_does_not_keep_the_others_from_being_classified(weights, files, capsys):
+    bad = files[0].parent.parent / "bad.png"
+    bad.write_text("no picture")
+    arguments = ["predict", "--model", str(weights), "--json", str(bad), str(files[0])]
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert f"error: {bad} cannot be decoded" in printed.err
+    first, second = json.loads(printed.out)
+    assert first["predictions"] == []
+    assert "cannot be decoded" in first["error"]
+    assert len(second["predictions"]) == 5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 30), (30, 20_000)])
+def test_tiny_and_wide_pictures_are_classified(predictor, tmp_path, size):
+    file = tmp_path / "picture.png"
+    small_weights.picture(0, size).save(file)
+    (prediction,) = predictor.predict_files([file])
+    assert len(prediction.best) == 5
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_pictures_of_other_modes_are_classified(predictor, tmp_path, mode):
+    file = tmp_path / "picture.tif"
+    Image.new(mode, (40, 40)).save(file)
+    (prediction,) = predictor.predict_files([file])
+    assert len(prediction.best) == 5
+
+
+def test_find_pictures(tmp_path):
+    small_weights.write_pictures(tmp_path / "b", 2)
+    (tmp_path / "a.txt").write_text("notes")
+    (tmp_path / ".hidden.png").write_text("")
+    small_weights.picture(0).save(tmp_path / "c.JPG")
+    found = find_pictures([tmp_path, tmp_path / "a.txt"])
+    assert [str(p.relative_to(tmp_path)) for p in found] == [
+        "b/00.png", "b/01.png", "c.JPG", "a.txt"
+    ]  # fmt: skip
+
+
+def test_mistakes_are_told_in_one_line(weights, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    small_weights.picture(0).save(tmp_path / "x.png")
+    picture = str(tmp_path / "x.png")
+    headless = small_weights.write(tmp_path / "headless", num_classes=0)
+    for arguments, expected in (
+        ([str(weights), str(tmp_path / "nope.jpg")], "there is no file"),
+        ([str(weights), str(tmp_path / "empty")], "holds no pictures"),
+        (["mambaout_tny.in1k", picture], "did you mean 'mambaout_tiny.in1k'?"),
+        (["mambaout_tiny", picture], "mambaout_tiny.in1k"),
+        ([str(tmp_path / "nope.pth"), picture], "nope.pth"),
+        ([str(headless), picture], "no classes"),
+        ([str(weights), picture, "--top=0"], "at least 1"),
+        ([str(weights), picture, "--batch-size=0"], "at least 1"),
+    ):
+        assert main(["predict", "--model", *arguments]) == 1, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("error: "), error
+        assert error.count("\n") == 1, error
+        assert expected in error
+
+
+def test_no_weights_and_no_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    small_weights.picture(0).save(tmp_path / "x.png")
+    assert main(["predict", "--model=mambaout_tiny.in1k", str(tmp_path / "x.png")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: timm/mambaout_tiny.in1k is not in the cache")
+    assert error.count("\n") == 1
+
+
+def test_a_process_ends_with_the_mistake_and_no_traceback():
+    command = [sys.executable, "-m", "mambaout_jax", "summary", "mambaout_tny"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: unknown model 'mambaout_tny': did you mean")
+
+
+def test_top_larger_than_the_classes_shows_all(tmp_path, files):
+    names = ("ant", "bee", "cat")
+    directory = small_weights.write(tmp_path / "w", num_classes=3, class_names=names)
+    (prediction,) = Predictor.load(directory, batch_size=1).predict_files(files[:1])
+    assert sorted(guess.label for guess in prediction.best) == list(names)
+    assert sum(guess.probability for guess in prediction.best) == pytest.approx(1, rel=1e-5)
+
+
+def test_an_unreadable_file_is_told(predictor, tmp_path):
+    (prediction,) = predictor.predict_files([tmp_path / "gone.png"])
+    assert prediction.error == f"{tmp_path / 'gone.png'} cannot be read: No such file or directory"
+    with pytest.raises(UserError, match="batch size"):
+        Predictor.load(small_weights.write(tmp_path / "w"), batch_size=0)
