@@ -27,6 +27,7 @@ TORCH_SUFFIXES = (".pth", ".pt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 # Where training scripts put the tensors; the first that is there is taken, as timm does it.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+ZIP_MAGIC = b"PK\x03\x04"  # of torch's format since 1.6
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
 
@@ -87,7 +88,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _read_pickle(path: Path) -> Any:
     torch = import_torch(path)
-    if is_zip := zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+        is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    if is_zip:
         _check_zip(path)
     try:
         # A training script's checkpoint often holds its flags: a Namespace only holds values.
