@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,22 +25,24 @@ from mambaout_jax.weights.store import load_weights
 ROOT = Path(__file__).parents[1]
 
 
+SMALL = {
+    "model.depthwise": "xla",
+    "model.drop_path_rate": 0.1,
+    "data.train_split": "train[:64]",
+    "data.eval_split": "validation[:30]",
+    "batch_size": 16,
+    "eval.batch_size": 16,
+    "schedule.duration": "4 epochs",
+    "schedule.warmup": "1 epochs",
+    "optimizer.ema_decay": 0.9,
+    "log.every": "2 steps",
+}
+
+
 def small_config(**keys):
     """The quickstart's data and the smallest run; eight devices share each batch of 16."""
     config = configuration.load_config(ROOT / "configs/quickstart.py")
-    small = {
-        "model.depthwise": "xla",
-        "model.drop_path_rate": 0.1,
-        "data.train_split": "train[:64]",
-        "data.eval_split": "validation[:30]",
-        "batch_size": 16,
-        "eval.batch_size": 16,
-        "schedule.duration": "4 epochs",
-        "optimizer.ema_decay": 0.9,
-        "schedule.warmup": "1 epochs",
-        "log.every": "2 steps",
-    }
-    config.update_from_flattened_dict(small | keys)
+    config.update_from_flattened_dict(SMALL | keys)
     return config
 
 
@@ -115,6 +118,39 @@ def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch)
     )
     jax.tree.map(np.testing.assert_array_equal, expected[0], got[0])
     assert (workdir / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
+
+
+def test_two_processes_of_one_device_equal_one_process_of_eight(finished, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for index in range(2):
+        cluster = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+        }
+        keys = [f"--config.{key}={value}" for key, value in SMALL.items()]
+        command = ["main.py", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+        with (tmp_path / f"{index}.log").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, *command, *keys],
+                cwd=ROOT,
+                env=os.environ | {"XLA_FLAGS": ""} | cluster,
+                stderr=log,
+            )
+        started.append(process)
+    codes = [process.wait(timeout=300) for process in started]
+    first, second = ((tmp_path / f"{index}.log").read_text() for index in range(2))
+    assert codes == [0, 0], (first + second)[-3000:]
+    assert "epoch 4/4" in first
+    assert "epoch 4/4" not in second
+    tables = []
+    for workdir in (finished, tmp_path / "run"):
+        rows = csv.DictReader((workdir / "metrics.csv").read_text().splitlines())
+        tables.append([[float(value) for value in row.values()] for row in rows])
+    np.testing.assert_allclose(*tables, rtol=1e-5)
 
 
 def test_evaluation_of_a_checkpoint_equals_the_runs_own(finished, tmp_path):
