@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mambaout_jax.models.mambaout import LayerNorm
+
 _NORM_MACS = 5  # for each element: mean, variance, normalisation, scale and shift
 
 
@@ -56,12 +58,13 @@ def count_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
             return call(*args, **kwargs)
         calls[module.path] = (type(module).__name__, ())  # holds the place
         answer = call(*args, **kwargs)
-        calls[module.path] = (type(module).__name__, tuple(answer.shape[1:]))
+        *_, maps = answer if isinstance(answer, tuple) else (answer,)
+        calls[module.path] = (type(module).__name__, tuple(maps.shape[1:]))
         kernel = module.variables.get("params", {}).get("kernel")
         if kernel is not None:
-            own_macs[module.path] = math.prod(answer.shape[1:-1]) * math.prod(kernel.shape)
-        elif isinstance(module, nn.LayerNorm):
-            own_macs[module.path] = _NORM_MACS * math.prod(answer.shape[1:])
+            own_macs[module.path] = math.prod(maps.shape[1:-1]) * math.prod(kernel.shape)
+        elif isinstance(module, LayerNorm):
+            own_macs[module.path] = _NORM_MACS * math.prod(maps.shape[1:])
         return answer
 
     inputs = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)

@@ -10,7 +10,7 @@ convolution in the downsampling, layer scale, and a head without its second norm
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,26 +18,27 @@ import jax
 import jax.numpy as jnp
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.ops import depthwise_conv2d
+from mambaout_jax.ops import activate, depthwise_conv2d, gate_product, layer_norm
 
 # torch's trunc_normal_(std=0.02) cuts at +-2 in absolute value, here in units of the deviation.
 kernel_init = nn.initializers.truncated_normal(0.02, lower=-2 / 0.02, upper=2 / 0.02)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, by the error function: the tanh approximation is another network."""
-    return nn.gelu(x, approximate=False)
+class LayerNorm(nn.Module):
+    """LayerNorm over channels, epsilon 1e-6, statistics in float32 and by two passes.
 
+    The fast variance, E[x^2] - E[x]^2, loses digits that exactness needs.
+    """
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": gelu, "silu": nn.silu}
+    dtype: Any = jnp.float32
 
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over channels, epsilon 1e-6, statistics in float32."""
-
-    epsilon: float = 1e-6
-    # The two-pass variance: the fast one, E[x^2] - E[x]^2, loses digits that exactness needs.
-    use_fast_variance: bool = False
+    @nn.compact
+    def __call__(self, x: jax.Array, with_shortcut: bool = False) -> Any:
+        """[..., C] to [..., C]; `with_shortcut`, after x itself, for a residual to start from."""
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:])
+        shortcut, y = layer_norm(x, scale, bias, 1e-6, self.dtype)
+        return (shortcut, y) if with_shortcut else y
 
 
 class Conv3x3Stride2(nn.Conv):
@@ -49,10 +50,37 @@ class Conv3x3Stride2(nn.Conv):
     kernel_init: Any = kernel_init
 
 
-class Dense(nn.Dense):
-    """Dense layer with the reference's initialisation."""
+class Dense(nn.Module):
+    """Dense layer with the reference's initialisation.
 
-    kernel_init: Any = kernel_init
+    The gaps, (place, width) each, are inputs that the kernel ignores and outputs that are zero,
+    counted in the layer's own inputs and outputs, the last first.
+    """
+
+    features: int
+    input_gaps: Sequence[tuple[int, int]] = ()
+    output_gaps: Sequence[tuple[int, int]] = ()
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., inputs and their gaps] to [..., features and their gaps]."""
+        inputs = x.shape[-1] - sum(width for _, width in self.input_gaps)
+        kernel = self.param("kernel", kernel_init, (inputs, self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        for place, width in self.input_gaps:
+            kernel = _insert_zeros(kernel, place, width, axis=0)
+        for place, width in self.output_gaps:
+            kernel = _insert_zeros(kernel, place, width, axis=1)
+            bias = _insert_zeros(bias, place, width, axis=0)
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        return y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _insert_zeros(array: jax.Array, place: int, width: int, axis: int) -> jax.Array:
+    before, after = jnp.split(array, (place,), axis=axis)
+    shape = (*array.shape[:axis], width, *array.shape[axis + 1 :])
+    return jnp.concatenate((before, jnp.zeros(shape, array.dtype), after), axis=axis)
 
 
 class DepthwiseConv(nn.Module):
@@ -87,7 +115,7 @@ class Stem(nn.Module):
         x = Conv3x3Stride2(self.width // 2, dtype=self.dtype, name="conv1")(x)
         if self.first_norm:
             x = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        x = Conv3x3Stride2(self.width, dtype=self.dtype, name="conv2")(ACTIVATIONS[self.act](x))
+        x = Conv3x3Stride2(self.width, dtype=self.dtype, name="conv2")(activate(self.act, x))
         return LayerNorm(dtype=self.dtype, name="norm2")(x)
 
 
@@ -126,13 +154,17 @@ class GatedCNNBlock(nn.Module):
         width = x.shape[-1]
         hidden = int(self.expansion_ratio * width)
         conv = int(self.conv_ratio * width)
-        y = LayerNorm(dtype=self.dtype, name="norm")(x)
-        y = Dense(2 * hidden, dtype=self.dtype, name="fc1")(y)
-        gate, identity, c = jnp.split(y, (hidden, 2 * hidden - conv), axis=-1)
+        # Matrix units want widths of whole 16 bytes: gate and identity get a few zeros between
+        # what meets the identity and what meets the convolution.
+        gap = -(hidden - conv) % 8
+        gaps = ((2 * hidden - conv, gap), (hidden - conv, gap)) if gap else ()
+        x, y = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
+        y = Dense(2 * hidden, output_gaps=gaps, dtype=self.dtype, name="fc1")(y)
+        split = (hidden + gap, 2 * (hidden + gap) - conv)
+        gate, identity, c = jnp.split(y, split, axis=-1)
         conv_layer = DepthwiseConv(implementation=self.depthwise, dtype=self.dtype, name="conv")
-        c = conv_layer(c)
-        y = ACTIVATIONS[self.act](gate) * jnp.concatenate((identity, c), axis=-1)
-        y = Dense(width, dtype=self.dtype, name="fc2")(y)
+        y = gate_product(self.act, gate, identity, conv_layer(c))
+        y = Dense(width, input_gaps=gaps[1:], dtype=self.dtype, name="fc2")(y)
         if self.layer_scale is not None:
             init = nn.initializers.constant(self.layer_scale)
             scale = self.param("layer_scale", init, (width,))
@@ -173,7 +205,7 @@ class Head(nn.Module):
         """[N, H, W, C] to float32 logits [N, num_classes]."""
         x = x.astype(jnp.float32).mean(axis=(1, 2))
         x = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        x = gelu(Dense(4 * x.shape[-1], dtype=self.dtype, name="fc1")(x))
+        x = activate("gelu", Dense(4 * x.shape[-1], dtype=self.dtype, name="fc1")(x))
         if self.second_norm:
             x = LayerNorm(dtype=self.dtype, name="norm2")(x)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)

@@ -7,22 +7,21 @@ the kernels serve one device. Elsewhere than on a TPU they run in Pallas' interp
 """
 
 import functools
-import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from mambaout_jax.ops import depthwise_pallas_tpu
+from mambaout_jax.ops.on_mesh import batch_axes, on_mesh
 
 
 def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves x [N, H, W, C] with kernel [k, k, 1, C] of x's dtype, padding k // 2."""
-    axes = _batch_axes(x)
+    axes = batch_axes(x)
     maps = PartitionSpec(axes)
-    return _on_mesh(_convolve, (maps, PartitionSpec()), maps)(x, kernel.astype(jnp.float32))
+    return on_mesh(_convolve, (maps, PartitionSpec()), maps)(x, kernel.astype(jnp.float32))
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -32,33 +31,14 @@ def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
     """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
-    axes = _batch_axes(x)
+    axes = batch_axes(x)
     maps = PartitionSpec(axes)
 
     def summed(x: jax.Array, dy: jax.Array) -> jax.Array:
         gradient = _filter_gradient(x, dy, kernel_size)
         return lax.psum(gradient, axes) if axes else gradient
 
-    return _on_mesh(summed, (maps, maps), PartitionSpec())(x, dy)
-
-
-def _batch_axes(x: jax.Array) -> tuple[str, ...]:
-    """Returns the axes of the mesh in context that split the batch: all, or none if uneven."""
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual and mesh.shape[name] > 1
-    ]
-    parts = math.prod(mesh.shape[name] for name in automatic)
-    return tuple(automatic) if x.shape[0] % parts == 0 else ()
-
-
-def _on_mesh(function: Callable, in_specs: tuple, out_specs: PartitionSpec) -> Callable:
-    if jax.sharding.get_abstract_mesh().empty:
-        return function
-    # Pallas calls do not say over which axes their results vary, hence no check.
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return on_mesh(summed, (maps, maps), PartitionSpec())(x, dy)
 
 
 @jax.jit

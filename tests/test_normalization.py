@@ -1,0 +1,92 @@
+"""LayerNorm and its gradients against float64 formulas: XLA's program and the GPU's kernel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mambaout_jax.ops import layer_norm, normalization
+
+EPSILON = 1e-6
+BACKWARDS = {
+    "xla": normalization._backward_xla,
+    "gpu": functools.partial(normalization._backward_gpu, interpret=True),
+}
+
+
+def draw(shape, dtype=jnp.float32):
+    random = np.random.default_rng(0)
+    x, dy, shortcut = (jnp.asarray(a, dtype) for a in random.standard_normal((3, *shape)) * 2 + 1)
+    scale, bias = (jnp.asarray(a, jnp.float32) for a in random.standard_normal((2, shape[-1])))
+    return x, scale, bias, dy, shortcut
+
+
+def reference(x, scale, dy):
+    x, scale, dy = (np.asarray(a, np.float64) for a in (x, scale, dy))
+    centred = x - x.mean(-1, keepdims=True)
+    factor = ((centred**2).mean(-1, keepdims=True) + EPSILON) ** -0.5
+    normalised, scaled = centred * factor, dy * scale
+    slope = (scaled * normalised).mean(-1, keepdims=True)
+    dx = factor * (scaled - scaled.mean(-1, keepdims=True) - normalised * slope)
+    return normalised, dx, (dy * normalised).sum((0, 1, 2)), dy.sum((0, 1, 2))
+
+
+def test_values_and_the_shortcut():
+    x, scale, bias, dy, shortcut = draw((2, 5, 3, 48))
+    same, y = layer_norm(x, scale, bias, EPSILON, jnp.bfloat16)
+    np.testing.assert_array_equal(same, x)
+    assert y.dtype == jnp.bfloat16
+    (_, y), pull = jax.vjp(lambda *args: layer_norm(*args, EPSILON, jnp.float32), x, scale, bias)
+    normalised, dx, dscale, dbias = reference(x, scale, dy)
+    expected = normalised * np.asarray(scale) + np.asarray(bias)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    gradients = pull((shortcut, dy))
+    for got, expected in zip(gradients, (dx + shortcut, dscale, dbias), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 48), (1, 40, 30, 130)])
+def test_gradients(backward, shape):
+    x, scale, _, dy, shortcut = draw(shape)
+    _, dx, *sums = reference(x, scale, dy)
+    for branch, expected in (((), dx), ((shortcut,), dx + shortcut)):
+        got = BACKWARDS[backward](x, scale, dy, *branch, epsilon=EPSILON)
+        for a, b in zip(got, (expected, *sums), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_bfloat16_gradients_are_rounded_once(backward):
+    x, scale, _, dy, shortcut = draw((2, 5, 3, 48), jnp.bfloat16)
+    wide = (array.astype(jnp.float32) for array in (x, dy, shortcut))
+    x32, dy32, shortcut32 = wide
+    expected = BACKWARDS["xla"](x32, scale, dy32, shortcut32, epsilon=EPSILON)
+    got = BACKWARDS[backward](x, scale, dy, shortcut, epsilon=EPSILON)
+    assert got[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(got[0].astype(jnp.float32), expected[0], rtol=2.0**-8)
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_the_gpu_kernel_runs_on_each_devices_part_of_the_batch():
+    assert jax.device_count() == 8
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    maps = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def in_mesh(x, scale, dy):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return BACKWARDS["gpu"](x, scale, dy, epsilon=EPSILON)
+
+    x, scale, _, dy, _ = draw((16, 3, 2, 24))
+    step = jax.jit(in_mesh, in_shardings=(maps, whole, maps), out_shardings=(maps, whole, whole))
+    compiled = step.lower(x, scale, dy).compile()
+    assert "all-gather" not in compiled.as_text()
+    _, dx, *sums = reference(x, scale, dy)
+    got = compiled(*jax.device_put((x, scale, dy), (maps, whole, maps)))
+    for a, b in zip(got, (dx, *sums), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
