@@ -116,6 +116,12 @@ def test_tpu_kernels_in_several_blocks(monkeypatch, rows, shape):
     check("pallas_tpu", shape, 5, jnp.float32)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 17, 40), (9, 2, 4, 70)])
+def test_gpu_kernels_in_several_blocks(shape):
+    """Uneven parts of a row, of the channels and, of the filter's gradient, of the rows."""
+    check("pallas_gpu", shape, 5, jnp.float32)
+
+
 def test_tpu_blocks_fit_their_memory():
     for size, itemsize in (
         (56, jnp.bfloat16),

@@ -13,14 +13,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.ops import depthwise_cpu, depthwise_tpu, depthwise_xla
+from mambaout_jax.ops import depthwise_cpu, depthwise_gpu, depthwise_tpu, depthwise_xla
 
 _IMPLEMENTATIONS: dict[str, ModuleType] = {
     "xla": depthwise_xla,
     "shifted": depthwise_cpu,
+    "pallas_gpu": depthwise_gpu,
     "pallas_tpu": depthwise_tpu,
 }
-_BY_PLATFORM: dict[str, ModuleType] = {"cpu": depthwise_cpu, "tpu": depthwise_tpu}
+_BY_PLATFORM: dict[str, ModuleType] = {
+    "cpu": depthwise_cpu,
+    "cuda": depthwise_gpu,
+    "tpu": depthwise_tpu,
+}
 
 
 def implementations() -> list[str]:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.data.on_device import augment_batch, normalize
 from mambaout_jax.models.mambaout import MambaOut
+from mambaout_jax.ops.compiler import compiler_options
 from mambaout_jax.training.sharding import BATCH
 from mambaout_jax.training.state import TrainState
 
@@ -196,6 +197,7 @@ def compile_train_step(
         in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
 
 
@@ -207,4 +209,5 @@ def compile_eval_step(
         over_mesh(eval_step, mesh, model=model, mean=recipe.mean, std=recipe.std),
         in_shardings=(shardings, NamedSharding(mesh, BATCH)),
         out_shardings=NamedSharding(mesh, P()),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
