@@ -22,7 +22,7 @@ from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
 from mambaout_jax.weights.shapes import mismatches, param_shapes, tree_shapes
-from mambaout_jax.weights.torch_file import check_absent
+from mambaout_jax.weights.torch_file import check_absent, check_space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +111,7 @@ def save_weights(
     """
     directory = epath.Path(directory).expanduser().resolve()
     check_absent(directory)
+    check_space(directory, jax.tree.leaves(params))
     info = dataclasses.replace(info, digest=digest(params))
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(info.to_json())
@@ -200,6 +201,6 @@ def _silent_absl() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the first line of an error, no longer than a line of a terminal or two."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    """Returns an error's first line without its middle: the ends say what and why."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
