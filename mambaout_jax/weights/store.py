@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -122,10 +123,24 @@ def save_weights(
     except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
         raise UserError(f"the output {directory} cannot be written: {_reason(error)}") from error
     finally:
-        with contextlib.suppress(OSError):
-            for half in directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*"):
-                half.rmtree()
+        if not directory.exists():
+            _remove_halves(directory)
     return info
+
+
+def _remove_halves(directory: epath.Path) -> None:
+    """Removes what a failed save left, until its writes under way no longer add to it."""
+    unseen = 0
+    for _ in range(100):
+        halves: list[epath.Path] = []
+        with contextlib.suppress(OSError):
+            halves += directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*")
+            for half in halves:
+                half.rmtree()
+        unseen = 0 if halves else unseen + 1
+        if unseen == 3:
+            return
+        time.sleep(0.1)
 
 
 def load_weights(directory: epath.PathLike) -> tuple[dict[str, Any], WeightsInfo]:
