@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 import os
+import pickle
+import shutil
 import sys
 
 import golden
@@ -225,6 +227,11 @@ def test_outputs_that_cannot_be_written(tensors, tmp_path, monkeypatch):
     monkeypatch.setattr(torch_file, "save_file", full)
     with pytest.raises(UserError, match="No space left on device"):
         torch_file.write_state_dict(tmp_path / "v.safetensors", tensors)
+    monkeypatch.undo()
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"it takes 1.8 MB and 1.0 MB are free"):
+        torch_file.write_state_dict(tmp_path / "v.safetensors", tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
 
@@ -308,6 +315,15 @@ def test_a_pickle_with_code_is_refused_and_not_run(tensors, tmp_path, zipped):
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"more than tensors .* save the model's state_dict\(\)"):
         mambaout_jax.load_pretrained(tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@needs_torch
+def test_bytes_that_torch_did_not_write_are_refused_and_not_run(tmp_path):
+    for content in (np.random.default_rng(0).bytes(5000), pickle.dumps(Code(tmp_path / "ran"))):
+        (tmp_path / "w.pth").write_bytes(content)
+        with pytest.raises(UserError, match=r"is damaged, or a pickle of something else"):
+            mambaout_jax.load_pretrained(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
 
 

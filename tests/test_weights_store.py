@@ -1,8 +1,10 @@
 """Weights in Orbax: there and back, a run's best step, and everything that is refused."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
+import time
 
 import golden
 import jax
@@ -96,9 +98,23 @@ def test_a_target_that_cannot_be_written_is_refused(tmp_path):
         save_weights(tmp_path / "file" / "w", small_params(), INFO)
 
 
+def test_a_disk_without_room_is_refused_before_anything_is_begun(tmp_path, monkeypatch):
+    params = small_params()
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed - 1))
+    with pytest.raises(UserError, match=r"cannot be written: it takes .* MB and .* MB are free"):
+        save_weights(tmp_path / "deep" / "w", params, INFO)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed))
+    save_weights(tmp_path / "deep" / "w", params, INFO)
+
+
 def test_a_write_that_fails_midway_leaves_nothing(tmp_path, monkeypatch):
     def fail(self, *args, **kwargs):
-        assert list(tmp_path.iterdir()), "nothing was begun"
+        deadline = time.monotonic() + 60  # Orbax makes its directories in the background
+        while not list(tmp_path.iterdir()):
+            assert time.monotonic() < deadline, "nothing was begun"
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
     monkeypatch.setattr(ocp.JsonCheckpointHandler, "async_save", fail)

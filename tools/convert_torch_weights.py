@@ -44,6 +44,7 @@ def from_torch_file(args: argparse.Namespace) -> None:
     report(params, info)
     if args.verify:
         verify(file.tensors, params, info)
+    del file  # writing takes as much memory again
     save_weights(args.output, params, info)
     print(f"written: {args.output}")
 

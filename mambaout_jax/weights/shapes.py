@@ -1,5 +1,7 @@
 """The shapes that a model's parameters have, and how others differ from them."""
 
+import functools
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +12,12 @@ from flax.traverse_util import flatten_dict
 from mambaout_jax.models.mambaout import MambaOut
 
 
-def param_shapes(model: MambaOut) -> dict[tuple[str, ...], tuple[int, ...]]:
+@functools.lru_cache(maxsize=16)  # tracing takes most of a small model's conversion
+def param_shapes(model: MambaOut) -> Mapping[tuple[str, ...], tuple[int, ...]]:
     """Returns the paths and shapes of all parameters of `model`; nothing is computed."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x)["params"], images)
-    return tree_shapes(params)
+    return types.MappingProxyType(tree_shapes(params))
 
 
 def tree_shapes(params: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[int, ...]]:

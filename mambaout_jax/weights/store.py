@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
 from mambaout_jax.weights.shapes import mismatches, param_shapes, tree_shapes
-from mambaout_jax.weights.torch_file import check_absent
+from mambaout_jax.weights.torch_file import check_absent, check_space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +112,7 @@ def save_weights(
     """
     directory = epath.Path(directory).expanduser().resolve()
     check_absent(directory)
+    check_space(directory, jax.tree.leaves(params))
     info = dataclasses.replace(info, digest=digest(params))
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(info.to_json())
@@ -121,10 +123,24 @@ def save_weights(
     except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
         raise UserError(f"the output {directory} cannot be written: {_reason(error)}") from error
     finally:
-        with contextlib.suppress(OSError):
-            for half in directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*"):
-                half.rmtree()
+        if not directory.exists():
+            _remove_halves(directory)
     return info
+
+
+def _remove_halves(directory: epath.Path) -> None:
+    """Removes what a failed save left, until its writes under way no longer add to it."""
+    unseen = 0
+    for _ in range(100):
+        halves: list[epath.Path] = []
+        with contextlib.suppress(OSError):
+            halves += directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*")
+            for half in halves:
+                half.rmtree()
+        unseen = 0 if halves else unseen + 1
+        if unseen == 3:
+            return
+        time.sleep(0.1)
 
 
 def load_weights(directory: epath.PathLike) -> tuple[dict[str, Any], WeightsInfo]:
@@ -200,6 +216,6 @@ def _silent_absl() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the first line of an error, no longer than a line of a terminal or two."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    """Returns an error's first line without its middle: the ends say what and why."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"

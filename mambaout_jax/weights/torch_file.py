@@ -9,10 +9,11 @@ import argparse
 import collections
 import dataclasses
 import os
+import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,11 @@ def _read_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # whatever torch's parsers raise of bytes that are anything
+        if "Unsupported operand" in str(error):
+            raise UserError(
+                f"{path} is damaged, or a pickle of something else than tensors, which is never "
+                "run: expected what torch.save writes of a model's state_dict()"
+            ) from error
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(
                 f"{path} holds more than tensors and was not read, as that would run its code: "
@@ -114,7 +120,7 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
     except Exception as error:  # zlib.error, struct.error and others, beside BadZipFile
-        raise UserError(f"{path} is damaged: {_line(error)}") from error
+        raise UserError(f"{path} is truncated or damaged: {_line(error)}") from error
     if damaged:
         raise UserError(f"{path} is damaged: the checksum of {damaged} does not match")
 
@@ -195,6 +201,7 @@ def write_state_dict(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     if path.suffix not in SUFFIXES:
         raise UserError(f"cannot write {path}: expected a name that ends in {', '.join(SUFFIXES)}")
     check_absent(path)
+    check_space(path, tensors.values())
     torch = import_torch(path) if path.suffix in TORCH_SUFFIXES else None
     half = None
     try:
@@ -219,6 +226,25 @@ def check_absent(path: epath.PathLike) -> None:
     """Raises UserError when the output is there already."""
     if epath.Path(path).exists():
         raise UserError(f"the output {path} exists: name another or remove it")
+
+
+def check_space(path: epath.PathLike, arrays: Iterable[np.ndarray]) -> None:
+    """Raises UserError when a local disk has no room for the arrays.
+
+    Orbax and torch would notice midway, and could not say it.
+    """
+    path = epath.Path(path)
+    if "://" in os.fspath(path):
+        return
+    needed = sum(array.nbytes for array in arrays)
+    free = shutil.disk_usage(
+        next(above for above in path.absolute().parents if above.exists())
+    ).free
+    if free < needed:
+        raise UserError(
+            f"the output {path} cannot be written: it takes {needed / 1e6:,.1f} MB and "
+            f"{free / 1e6:,.1f} MB are free"
+        )
 
 
 def _line(error: BaseException) -> str:
