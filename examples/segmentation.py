@@ -56,20 +56,22 @@ def coins():
 
 def train_head(head, maps, labels, steps):
     """Returns a trained head's parameters: maps of one picture [1, ...], labels [1, H, W]."""
-    params = head.init(jax.random.key(0), maps)
+    params = jax.jit(head.init)(jax.random.key(0), maps)
     optimizer = optax.adamw(3e-3)
-
-    def step(_, carry):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
 
     def loss(params):
         logits = full_size(head.apply(params, maps), labels.shape)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    train = jax.jit(lambda carry: jax.lax.fori_loop(0, steps, step, carry))
-    return train((params, optimizer.init(params)))[0]
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params
 
 
 def full_size(logits, shape):
@@ -97,7 +99,7 @@ def main(argv=None):
     maps = features(params, picture[:, :CUT])
     trained = train_head(head, maps, mask[None, :, :CUT].astype(int), args.steps)
     picture, mask = picture[:, CUT:], mask[:, CUT:]
-    logits = full_size(head.apply(trained, features(params, picture)), (1, *mask.shape))
+    logits = full_size(jax.jit(head.apply)(trained, features(params, picture)), (1, *mask.shape))
     found = np.asarray(logits[0].argmax(-1) == 1)
     score = (found & mask).sum() / (found | mask).sum()
     print(f"intersection over union on the held-out part: {score:.1%}")
