@@ -8,6 +8,8 @@ exports an empty frame of the same signature, and the network's StableHLO is put
 """
 
 import dataclasses
+import functools
+import io
 import json
 import sys
 import zipfile
@@ -24,17 +26,14 @@ def load(path):
         about = json.loads(archive.read("network.json"))
         program = archive.read("network.jax")[slice(*about["stablehlo"])]
         labels = archive.read("labels.txt").decode().splitlines()
-        with archive.open("weights.npz") as file, np.load(file) as arrays:
-            weights = jax.device_put([arrays[f"arr_{i}"] for i in range(len(arrays.files))])
+        arrays = np.load(io.BytesIO(archive.read("weights.npz")))
+    weights = [arrays[name] for name in arrays]
     images = jax.ShapeDtypeStruct((*export.symbolic_shape("batch"), *about["shape"]), np.uint8)
     frame = jax.jit(lambda _, images: jnp.zeros((images.shape[0], len(labels))), keep_unused=True)
     exported = export.export(frame, platforms=about["platforms"])(weights, images)
-    version = about["calling_convention_version"]
-    network = dataclasses.replace(
-        exported, mlir_module_serialized=program, calling_convention_version=version
-    )
-    call = jax.jit(network.call)
-    return lambda images: call(weights, images), labels
+    fields = {"mlir_module_serialized": program, "calling_convention_version": about["version"]}
+    network = jax.jit(dataclasses.replace(exported, **fields).call)
+    return functools.partial(network, jax.device_put(weights)), labels
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ The file holds
     network.jax       the program, as jax.export serialises it: (weights, uint8 [N, H, W, 3]) ->
                       float32 logits [N, classes], for any N and several platforms; normalising
                       included
-    network.json      what reading that program without flatbuffers takes: where its StableHLO
-                      begins and ends, the platforms, the convention of calls, the pictures' shape
+    network.json      what reading it without flatbuffers takes: where its StableHLO begins and
+                      ends, the platforms, the version of jax.export's calls, the pictures' shape
     weights.npz       the weights, in the order of the program's list
     labels.txt        a name for each logit, one a line
     preprocessing.json  how a picture becomes the program's input
-examples/run_exported.py reads it without this package.
+examples/run_exported.py reads it.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def export_model(
     network = {
         "stablehlo": [start, start + len(stablehlo)],
         "platforms": exported.platforms,
-        "calling_convention_version": exported.calling_convention_version,
+        "version": exported.calling_convention_version,
         "shape": [*info.preprocessing.shape, 3],
     }
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]

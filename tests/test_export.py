@@ -74,7 +74,7 @@ def test_what_lies_beside_the_network(exported):
     program = jax.export.deserialize(bytearray(serialized))
     assert program.platforms == ("cpu", "cuda", "tpu") == tuple(about["platforms"])
     assert program.mlir_module_serialized == serialized[slice(*about["stablehlo"])]
-    assert program.calling_convention_version == about["calling_convention_version"]
+    assert program.calling_convention_version == about["version"]
     assert program.in_avals[-1].shape[1:] == tuple(about["shape"]) == (32, 32, 3)
     assert record["size"] == 32
     assert record["crop_pct"] == 0.9
