@@ -15,6 +15,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 from mambaout_jax.errors import UserError
 
+HEIGHT = 320  # of the pictures on the page, in pixels
+
 
 def build(name_or_path):
     """Returns the page.
@@ -52,14 +54,16 @@ def build(name_or_path):
         heat = evidence_map(params, pixels, jnp.asarray(indices[:, 0]), model=model)
         best = zip(indices[0].tolist(), values[0].tolist(), strict=True)
         answer = {predictor.labels[index]: value for index, value in best}
-        return answer, overlay(picture, np.asarray(heat[0]))
+        times = max(1, HEIGHT // len(picture))
+        shown = picture.repeat(times, axis=0).repeat(times, axis=1)
+        return answer, overlay(shown, np.asarray(heat[0]))
 
     return gradio.Interface(
         classify,
-        gradio.Image(type="filepath", label="Picture", sources=["upload"]),
+        gradio.Image(type="filepath", label="Picture", sources=["upload"], height=HEIGHT),
         [
             gradio.Label(num_top_classes=5, label="Classes"),
-            gradio.Image(label="What the first class rests on", interactive=False),
+            gradio.Image(label="What the first class rests on", interactive=False, height=HEIGHT),
         ],
         title=f"MambaOut: {info.model}",
         flagging_mode="never",
@@ -75,6 +79,8 @@ def main(argv=None):
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
     try:
+        if not 0 < args.port < 2**16:
+            raise UserError(f"--port is {args.port}: expected a number from 1 to {2**16 - 1}")
         page = build(args.model)
         try:
             page.launch(server_name="127.0.0.1", server_port=args.port)

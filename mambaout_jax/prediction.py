@@ -231,7 +231,7 @@ def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     known = Image.registered_extensions()
     suffixes = {suffix for suffix, kind in known.items() if kind in Image.OPEN}
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in (Path(path or "''") for path in paths):  # Path("") would be this folder
         if path.is_dir():
             pictures = [
                 file

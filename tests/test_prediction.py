@@ -154,6 +154,7 @@ def test_mistakes_are_told_in_one_line(weights, tmp_path, capsys):
     headless = small_weights.write(tmp_path / "headless", num_classes=0)
     for arguments, expected in (
         ([str(weights), str(tmp_path / "nope.jpg")], "there is no file"),
+        ([str(weights), ""], "there is no file"),
         ([str(weights), str(tmp_path / "empty")], "holds no pictures"),
         (["mambaout_tny.in1k", picture], "did you mean 'mambaout_tiny.in1k'?"),
         (["mambaout_tiny", picture], "mambaout_tiny.in1k"),
