@@ -27,6 +27,7 @@ extras = {
         "nbclient>=0.10",
         "nbformat>=5.10",
         "ipykernel>=6.29",
+        "mkdocs>=1.6",
     ],
     "browser": ["gradio>=5", "selenium>=4.30"],
     "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.2"],

@@ -52,7 +52,9 @@ def page(weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="selenium drives the browser (extra: browser)"
+    )
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("chromium and chromedriver are not installed")
