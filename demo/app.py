@@ -44,11 +44,11 @@ def build(name_or_path):
 
     def classify(path):
         if path is None:
-            raise gradio.Error("Choose a picture first.")
+            raise gradio.Error("Choose a picture first.", print_exception=False)
         try:
             picture = preprocess_image(Path(path).read_bytes(), preprocessing, "the file")
         except UserError as error:
-            raise gradio.Error(str(error)) from None
+            raise gradio.Error(str(error), print_exception=False) from None
         values, indices = predictor.predict_images(picture[None])
         pixels = normalize(picture[None], preprocessing.mean, preprocessing.std)
         heat = evidence_map(params, pixels, jnp.asarray(indices[:, 0]), model=model)
@@ -58,9 +58,12 @@ def build(name_or_path):
         shown = picture.repeat(times, axis=0).repeat(times, axis=1)
         return answer, overlay(shown, np.asarray(heat[0]))
 
+    upload = gradio.Image(label="Picture", sources=["upload"], height=HEIGHT)
+    # The file as it is: gradio's own step would decode it and encode it anew.
+    upload.preprocess = lambda payload: None if payload is None else payload.path
     return gradio.Interface(
         classify,
-        gradio.Image(type="filepath", label="Picture", sources=["upload"], height=HEIGHT),
+        upload,
         [
             gradio.Label(num_top_classes=5, label="Classes"),
             gradio.Image(label="What the first class rests on", interactive=False, height=HEIGHT),
