@@ -15,16 +15,21 @@ extras = {
     "prepare": ["tensorflow", "apache-beam", "mlcroissant", "importlib_resources"],
     "export": ["flatbuffers>=24"],
     "demo": ["gradio>=5"],
+    "examples": ["scikit-image>=0.25"],
+    "docs": ["mkdocs>=1.6"],
     "test": [
         "pytest>=8.4",
         "pytest-xdist>=3.6",
         "hypothesis>=6.130",
+        "scikit-image>=0.25",
         "scikit-learn>=1.6",
         "flatbuffers>=24",
         "nbclient>=0.10",
         "nbformat>=5.10",
         "ipykernel>=6.29",
+        "mkdocs>=1.6",
     ],
+    "browser": ["gradio>=5", "selenium>=4.30"],
     "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.2"],
 }
 

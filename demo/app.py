@@ -15,6 +15,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 from mambaout_jax.errors import UserError
 
+HEIGHT = 320  # of the pictures on the page, in pixels
+
 
 def build(name_or_path):
     """Returns the page.
@@ -42,24 +44,29 @@ def build(name_or_path):
 
     def classify(path):
         if path is None:
-            raise gradio.Error("Choose a picture first.")
+            raise gradio.Error("Choose a picture first.", print_exception=False)
         try:
             picture = preprocess_image(Path(path).read_bytes(), preprocessing, "the file")
         except UserError as error:
-            raise gradio.Error(str(error)) from None
+            raise gradio.Error(str(error), print_exception=False) from None
         values, indices = predictor.predict_images(picture[None])
         pixels = normalize(picture[None], preprocessing.mean, preprocessing.std)
         heat = evidence_map(params, pixels, jnp.asarray(indices[:, 0]), model=model)
         best = zip(indices[0].tolist(), values[0].tolist(), strict=True)
         answer = {predictor.labels[index]: value for index, value in best}
-        return answer, overlay(picture, np.asarray(heat[0]))
+        times = max(1, HEIGHT // len(picture))
+        shown = picture.repeat(times, axis=0).repeat(times, axis=1)
+        return answer, overlay(shown, np.asarray(heat[0]))
 
+    upload = gradio.Image(label="Picture", sources=["upload"], height=HEIGHT)
+    # The file as it is: gradio's own step would decode it and encode it anew.
+    upload.preprocess = lambda payload: None if payload is None else payload.path
     return gradio.Interface(
         classify,
-        gradio.Image(type="filepath", label="Picture", sources=["upload"]),
+        upload,
         [
             gradio.Label(num_top_classes=5, label="Classes"),
-            gradio.Image(label="What the first class rests on", interactive=False),
+            gradio.Image(label="What the first class rests on", interactive=False, height=HEIGHT),
         ],
         title=f"MambaOut: {info.model}",
         flagging_mode="never",
@@ -75,6 +82,8 @@ def main(argv=None):
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
     try:
+        if not 0 < args.port < 2**16:
+            raise UserError(f"--port is {args.port}: expected a number from 1 to {2**16 - 1}")
         page = build(args.model)
         try:
             page.launch(server_name="127.0.0.1", server_port=args.port)

@@ -1,13 +1,21 @@
-"""Runs an exported network; needs jax, and flatbuffers, which jax reads its exports with.
+"""Runs an exported network with jax alone.
 
 python -m mambaout_jax export network.zip --model=mambaout_tiny.in1k
 python examples/run_exported.py network.zip
+
+`jax.export.deserialize` would read network.jax in one line, but needs flatbuffers. Without it, jax
+exports an empty frame of the same signature, and the network's StableHLO is put in.
 """
 
+import dataclasses
+import functools
+import io
+import json
 import sys
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
 
@@ -15,12 +23,17 @@ from jax import export
 def load(path):
     """Returns a function from uint8 pictures [N, H, W, 3] to logits, and the labels."""
     with zipfile.ZipFile(path) as archive:
-        exported = export.deserialize(bytearray(archive.read("network.jax")))
+        about = json.loads(archive.read("network.json"))
+        program = archive.read("network.jax")[slice(*about["stablehlo"])]
         labels = archive.read("labels.txt").decode().splitlines()
-        with archive.open("weights.npz") as file, np.load(file) as arrays:
-            weights = jax.device_put([arrays[f"arr_{i}"] for i in range(len(arrays.files))])
-    call = jax.jit(exported.call)
-    return lambda images: call(weights, images), labels
+        arrays = np.load(io.BytesIO(archive.read("weights.npz")))
+    weights = [arrays[name] for name in arrays]
+    images = jax.ShapeDtypeStruct((*export.symbolic_shape("batch"), *about["shape"]), np.uint8)
+    frame = jax.jit(lambda _, images: jnp.zeros((images.shape[0], len(labels))), keep_unused=True)
+    exported = export.export(frame, platforms=about["platforms"])(weights, images)
+    fields = {"mlir_module_serialized": program, "calling_convention_version": about["version"]}
+    network = jax.jit(dataclasses.replace(exported, **fields).call)
+    return functools.partial(network, jax.device_put(weights)), labels
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from mambaout_jax.errors import UserError
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(subparser)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Of a large picture; one that is too large is an error.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     try:
         return modules[args.command].run(args)
     except UserError as error:

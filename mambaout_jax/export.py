@@ -1,12 +1,15 @@
 """Hands a trained network on: one zip file that jax alone can run.
 
 The file holds
-    network.jax       the StableHLO program of jax.export: (weights, uint8 [N, H, W, 3]) -> float32
-                      logits [N, classes], for any N and several platforms; normalising included
+    network.jax       the program, as jax.export serialises it: (weights, uint8 [N, H, W, 3]) ->
+                      float32 logits [N, classes], for any N and several platforms; normalising
+                      included
+    network.json      what reading it without flatbuffers takes: where its StableHLO begins and
+                      ends, the platforms, the version of jax.export's calls, the pictures' shape
     weights.npz       the weights, in the order of the program's list
     labels.txt        a name for each logit, one a line
     preprocessing.json  how a picture becomes the program's input
-examples/run_exported.py reads it without this package.
+examples/run_exported.py reads it.
 """
 
 import contextlib
@@ -56,16 +59,24 @@ def export_model(
     path = Path(path)
     if path.exists():
         raise UserError(f"the output {path} exists: name another file or remove it")
-    program = export_program(model, params, info, platforms=platforms)
+    exported = export_program(model, params, info, platforms=platforms)
+    program, stablehlo = serialize(exported), exported.mlir_module_serialized
+    start = program.index(stablehlo)
+    network = {
+        "stablehlo": [start, start + len(stablehlo)],
+        "platforms": exported.platforms,
+        "version": exported.calling_convention_version,
+        "shape": [*info.preprocessing.shape, 3],
+    }
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
     weights = io.BytesIO()
     np.savez(weights, *leaves)
-    record = dataclasses.asdict(info.preprocessing)
     members: dict[str, str | bytes] = {
         "network.jax": program,
+        "network.json": json.dumps(network, indent=2) + "\n",
         "weights.npz": weights.getvalue(),
         "labels.txt": "\n".join(class_names(info.class_names, info.num_classes)) + "\n",
-        "preprocessing.json": json.dumps(record, indent=2) + "\n",
+        "preprocessing.json": json.dumps(dataclasses.asdict(info.preprocessing), indent=2) + "\n",
     }
     part = path.with_name(f"{path.name}.part")
     try:
@@ -81,12 +92,8 @@ def export_model(
 
 def export_program(
     model: MambaOut, params: Mapping[str, Any], info: WeightsInfo, *, platforms: Sequence[str]
-) -> bytes:
-    """Returns the serialised program: (list of weights, uint8 images) -> logits, any batch size.
-
-    Raises:
-        UserError: when flatbuffers is not installed.
-    """
+) -> jax_export.Exported:
+    """Returns the program: (list of weights, uint8 images) -> logits, for any batch size."""
     leaves, structure = jax.tree.flatten(params)
 
     def with_depthwise(implementation: str) -> Callable[[list[jax.Array], jax.Array], jax.Array]:
@@ -107,7 +114,16 @@ def export_program(
     (batch,) = jax_export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *info.preprocessing.shape, 3), jnp.uint8)
     weights = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-    exported = jax_export.export(jax.jit(network), platforms=tuple(platforms))(weights, images)
+    jitted = jax.jit(network, keep_unused=True)  # so that its arguments are those that it is given
+    return jax_export.export(jitted, platforms=tuple(platforms))(weights, images)
+
+
+def serialize(exported: jax_export.Exported) -> bytes:
+    """Returns what jax.export.deserialize reads.
+
+    Raises:
+        UserError: when flatbuffers is not installed.
+    """
     try:
         return bytes(exported.serialize())
     except ImportError as error:

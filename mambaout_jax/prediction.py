@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.data.decoding import BadImageError
@@ -106,24 +106,18 @@ class Predictor:
                 raise UserError(f"the {name} is {number}: expected at least 1")
         self.info = info
         self.labels = class_names(info.class_names, info.num_classes)
-        chosen = None if classes is None else jnp.array(list(classes), jnp.int32)
-        devices = jax.local_devices()
-        mesh = jax.make_mesh(
-            (len(devices),), ("batch",), devices=devices, axis_types=(AxisType.Auto,)
-        )
-        self.batch_size = -(-batch_size // len(devices)) * len(devices)
+        chosen = jnp.array(list(range(info.num_classes) if classes is None else classes), jnp.int32)
+        mesh = Mesh(np.array(jax.local_devices()), ("batch",))
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._split = NamedSharding(mesh, P("batch"))
         self._params = jax.device_put(params, NamedSharding(mesh, P()))
-        choices = info.num_classes if chosen is None else chosen.size
-        top = min(top, choices)
 
         def best(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the TPU kernels ask for it
                 logits = forward(params, images, model=model, preprocessing=info.preprocessing)
-            if chosen is not None:
-                logits = logits[:, chosen]
-            values, indices = jax.lax.top_k(jax.nn.softmax(logits), top)
-            return values, indices if chosen is None else chosen[indices]
+            chances = jax.nn.softmax(logits[:, chosen])
+            values, places = jax.lax.top_k(chances, min(top, chosen.size))
+            return values, chosen[places]
 
         self._best = jax.jit(best, out_shardings=self._split)
 
@@ -237,7 +231,7 @@ def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     known = Image.registered_extensions()
     suffixes = {suffix for suffix, kind in known.items() if kind in Image.OPEN}
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in (Path(path or "''") for path in paths):  # Path("") would be this folder
         if path.is_dir():
             pictures = [
                 file

@@ -1,6 +1,7 @@
 """The demo in a real Chromium: upload a file, read the classes, see the heat map."""
 
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import small_weights
 
+from mambaout_jax.prediction import Predictor
+
 ROOT = Path(__file__).parents[1]
 APP = ROOT / "demo" / "app.py"
+NAMES = ("ant", "bee", "cat", "dog", "elk", "fox")
 
 
 def environment():
@@ -21,9 +25,8 @@ def environment():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    names = ("ant", "bee", "cat", "dog", "elk", "fox")
     directory = tmp_path_factory.mktemp("weights") / "w"
-    return small_weights.write(directory, num_classes=6, class_names=names)
+    return small_weights.write(directory, num_classes=6, class_names=NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,9 @@ def page(weights, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="selenium drives the browser (extra: browser)"
+    )
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("chromium and chromedriver are not installed")
@@ -66,26 +71,44 @@ def browser():
         yield opened
 
 
-def test_upload_classes_and_heat_map(page, browser, tmp_path):
+def upload(browser, url, file):
+    """Opens the page, uploads a file and submits it; returns what waits for the page."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
-    small_weights.picture(0).save(tmp_path / "picture.png")
-    browser.get(page[0])
+    browser.get(url)
     wait = WebDriverWait(browser, 60)
     wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "input[type=file]"))
-    browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(
-        str(tmp_path / "picture.png")
-    )
+    browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(file))
     wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, ".image-container img, .image-frame img"))
     browser.find_element(By.XPATH, "//button[contains(., 'Submit')]").click()
-    wait.until(lambda b: "%" in b.find_element(By.TAG_NAME, "body").text)
-    text = browser.find_element(By.TAG_NAME, "body").text
-    assert sum(name in text.split() for name in ("ant", "bee", "cat", "dog", "elk", "fox")) >= 5
-    wait.until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "img[src*='/file=']")) >= 1)
+    return wait
+
+
+def text_of(browser):
+    return browser.find_element("tag name", "body").text
+
+
+def test_upload_classes_and_heat_map(page, browser, weights, tmp_path):
+    file = tmp_path / "picture.png"
+    small_weights.picture(0).convert("L").save(file)
+    wait = upload(browser, page[0], file)
+    wait.until(lambda b: "%" in text_of(b))
+    (prediction,) = Predictor.load(weights).predict_files([file])
+    lines = text_of(browser).splitlines()
+    shown = [line for line in lines if line in NAMES][1:]  # the best one stands above as well
+    assert shown == [guess.label for guess in prediction.best]
+    assert f"{prediction.best[0].probability:.0%}" in lines
+    wait.until(lambda b: len(b.find_elements("css selector", "img[src*='/file=']")) >= 1)
     shot = Path(os.environ.get("DEMO_SCREENSHOT", tmp_path / "demo.png"))
     assert browser.save_screenshot(str(shot))
     assert shot.stat().st_size > 10_000
+
+
+def test_what_is_no_picture_is_told_on_the_page(page, browser, tmp_path):
+    (tmp_path / "notes.jpg").write_text("notes")
+    wait = upload(browser, page[0], tmp_path / "notes.jpg")
+    wait.until(lambda b: "the file cannot be decoded (no image)" in text_of(b))
 
 
 def test_a_port_in_use(page, weights):
@@ -106,3 +129,8 @@ def test_no_weights():
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_port_that_is_none(capsys):
+    assert runpy.run_path(str(APP))["main"](["--model=x", "--port=70000"]) == 1
+    assert capsys.readouterr().err == "error: --port is 70000: expected a number from 1 to 65535\n"

@@ -16,35 +16,36 @@ def network():
     return model, golden.params(model)
 
 
-@pytest.fixture(scope="module")
-def images():
-    return golden.images(3, 2, 64)
-
-
-def test_it_is_the_first_order_change_of_the_logit_by_position(network, images):
+@pytest.mark.parametrize(("size", "level", "side"), [(64, 1, 8), (224, 3, 7)])
+def test_it_is_the_first_order_change_of_the_logit_by_position(network, size, level, side):
     """Scaling one position's activations moves the logit by its part of the map."""
     model, params = network
-    classes = jnp.array([5, 900])
+    images, classes = golden.images(3, 2, size), jnp.array([5, 900])
     heat = evidence_map(params, images, classes, model=model)
-    assert heat.shape == (2, 2, 2)
+    assert heat.shape == (2, side, side)
     variables = {"params": params}
-    features = jax.jit(lambda x: model.apply(variables, x, method="features"))(images)[-1]
+    features = jax.jit(lambda x: model.apply(variables, x, method="features"))(images)[level]
+
+    def rest(network, x):
+        for stage in network.stages[level + 1 :]:
+            x = stage(x)
+        return network.head(x)
 
     @jax.jit
     def logit(factors):
-        scaled = features * factors[..., None]
-        logits = model.apply(variables, scaled, method=lambda m, x: m.head(x))
+        logits = model.apply(variables, features * factors[..., None], method=rest)
         return logits[jnp.arange(2), classes]
 
     step = 1e-2
-    for position in ((0, 0), (1, 0)):
-        moved = jnp.zeros((2, 2, 2)).at[:, *position].set(step)
+    for position in ((0, 0), (1, 0), (side - 1, 3)):
+        moved = jnp.zeros((2, side, side)).at[:, *position].set(step)
         change = (logit(1 + moved) - logit(1 - moved)) / (2 * step)
         np.testing.assert_allclose(heat[:, *position], change, rtol=2e-2, atol=1e-3)
 
 
-def test_another_class_has_another_map(network, images):
+def test_another_class_has_another_map(network):
     model, params = network
+    images = golden.images(3, 2, 64)
     one, other = (evidence_map(params, images, jnp.array([c, c]), model=model) for c in (5, 900))
     assert not np.allclose(one, other)
     assert jax.dtypes.result_type(one) == jnp.float32

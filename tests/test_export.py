@@ -15,13 +15,13 @@ from mambaout_jax.__main__ import main
 from mambaout_jax.data.on_device import normalize
 from mambaout_jax.labels import imagenet_names
 
-pytest.importorskip("flatbuffers", reason="jax.export needs flatbuffers: pip install flatbuffers")
+pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers (extra: export)")
 
 LOADER = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("mambaout_jax", "flax", "PIL", "optax", "orbax"):
+        if name.split(".")[0] in sys.argv[4:]:
             raise ImportError(f"{name} is not needed")
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, "examples")
@@ -49,9 +49,11 @@ def test_the_answer_without_this_package_is_the_models(weights, exported, tmp_pa
     images = np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
     files = [str(exported), str(tmp_path / "images.npy"), str(tmp_path / "logits.npz")]
+    blocked = ["mambaout_jax", "flax", "PIL", "optax", "orbax", "flatbuffers"]
     result = subprocess.run(
-        [sys.executable, "-c", LOADER, *files], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", LOADER, *files, *blocked],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout == "1000 goldfish, Carassius auratus\n"
     model, params = load_pretrained(weights)
@@ -65,10 +67,15 @@ def test_the_answer_without_this_package_is_the_models(weights, exported, tmp_pa
 
 def test_what_lies_beside_the_network(exported):
     with zipfile.ZipFile(exported) as archive:
-        program = jax.export.deserialize(bytearray(archive.read("network.jax")))
+        serialized = archive.read("network.jax")
+        about = json.loads(archive.read("network.json"))
         assert archive.read("labels.txt").decode().splitlines() == list(imagenet_names())
         record = json.loads(archive.read("preprocessing.json"))
-    assert program.platforms == ("cpu", "cuda", "tpu")
+    program = jax.export.deserialize(bytearray(serialized))
+    assert program.platforms == ("cpu", "cuda", "tpu") == tuple(about["platforms"])
+    assert program.mlir_module_serialized == serialized[slice(*about["stablehlo"])]
+    assert program.calling_convention_version == about["version"]
+    assert program.in_avals[-1].shape[1:] == tuple(about["shape"]) == (32, 32, 3)
     assert record["size"] == 32
     assert record["crop_pct"] == 0.9
     assert record["mean"] == [0.485, 0.456, 0.406]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -128,6 +129,21 @@ def test_tiny_and_wide_pictures_are_classified(predictor, tmp_path, size):
     assert len(prediction.best) == 5
 
 
+def test_large_pictures_are_classified_silently_and_too_large_ones_told(
+    weights, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # told from there on, refused from twice
+    files = [tmp_path / "large.png", tmp_path / "too_large.png"]
+    for file, size in zip(files, [(30, 40), (50, 50)], strict=True):
+        small_weights.picture(0, size).save(file)
+    with warnings.catch_warnings(record=True, action="default") as told:
+        assert main(["predict", "--model", str(weights), *map(str, files)]) == 1
+    assert not [warning for warning in told if "Image size" in str(warning.message)]
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {files[1]} cannot be decoded (Image size (2500 pixels)")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
 def test_pictures_of_other_modes_are_classified(predictor, tmp_path, mode):
     file = tmp_path / "picture.tif"
@@ -154,6 +170,7 @@ def test_mistakes_are_told_in_one_line(weights, tmp_path, capsys):
     headless = small_weights.write(tmp_path / "headless", num_classes=0)
     for arguments, expected in (
         ([str(weights), str(tmp_path / "nope.jpg")], "there is no file"),
+        ([str(weights), ""], "there is no file"),
         ([str(weights), str(tmp_path / "empty")], "holds no pictures"),
         (["mambaout_tny.in1k", picture], "did you mean 'mambaout_tiny.in1k'?"),
         (["mambaout_tiny", picture], "mambaout_tiny.in1k"),

@@ -1,6 +1,7 @@
 """Measures checkpoints on labelled pictures."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
     from mambaout_jax.ground_truth import read_real_labels
     from mambaout_jax.validation import Result, expand_weights, validate
 
+    for path in filter(None, (args.csv, args.json)):
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"cannot write {path}: expected a file in a folder that can be written")
     real = read_real_labels(args.real) if args.real else None
     results: list[Result] = []
     failed = 0

@@ -1,8 +1,8 @@
 """Counts parameters and multiply-accumulates, layer by layer.
 
-The convention is that of the published figures (fvcore's, which timm reports too): a convolution or
-dense layer counts one for each multiplication by its kernel, bias left out; a norm counts five for
-each element. Activations, products, additions and means count nothing.
+A convolution or dense layer counts one for each multiplication by its kernel, bias left out; a norm
+counts five for each element. Activations, products, additions and means count nothing. This is the
+convention of fvcore's flop counter, and with it the counts round to the published ones.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mambaout_jax.models.mambaout import LayerNorm
 
-_NORM_MACS = 5  # for each element: mean, variance, normalisation, scale and shift
+_NORM_MACS = 5  # for each element; fvcore calls it a rough estimate
 
 
 @dataclasses.dataclass(frozen=True)
