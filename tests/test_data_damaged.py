@@ -49,6 +49,7 @@ def test_training_replaces_counts_and_names_once(folder, caplog, workers, backen
     batches.close()
     names = {str(folder / "train" / "class" / name) for name in ("03.JPEG", "04.JPEG")}
     assert batches.bad_pictures == names
+    assert "takes its place (2 of at most 2)" in caplog.text
     for name in names:
         assert sum(name in record.getMessage() for record in caplog.records) == 1
 

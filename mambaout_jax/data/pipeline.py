@@ -133,7 +133,12 @@ class TrainBatches(Iterator[Batch]):
         for name, message in damages:
             if name not in self.bad_pictures:
                 self.bad_pictures.add(name)
-                logging.warning("%s The next picture takes its place.", message)
+                logging.warning(
+                    "%s The next picture takes its place (%d of at most %d).",
+                    message,
+                    len(self.bad_pictures),
+                    self._max_bad,
+                )
         if len(self.bad_pictures) > self._max_bad:
             raise UserError(
                 pictures.too_many([(name, "") for name in self.bad_pictures], self._max_bad)
