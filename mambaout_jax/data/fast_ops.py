@@ -7,14 +7,13 @@ A row is handled as a whole, so that the compiler may use vectors.
 
 import math
 
-import numba
 import numpy as np
 from PIL import Image
 
-_compile = numba.njit(nogil=True, cache=True, boundscheck=False)
+from mambaout_jax.data.fast_resize import compiled
 
 
-@_compile
+@compiled
 def _cubic(a: float, b: float, c: float, d: float, x: float) -> float:
     p2 = -a + c
     p3 = 2 * (a - b) + c - d
@@ -22,7 +21,7 @@ def _cubic(a: float, b: float, c: float, d: float, x: float) -> float:
     return b + x * (p2 + x * (p3 + x * p4))
 
 
-@_compile
+@compiled
 def _blend(
     values: np.ndarray, x: np.ndarray, moves: bool, bicubic: bool, result: np.ndarray
 ) -> None:
@@ -37,7 +36,7 @@ def _blend(
             result[i] = values[1, i] + (values[2, i] - values[1, i]) * x[i]
 
 
-@_compile
+@compiled
 def _coordinates(
     m: tuple, row: int, shape: tuple[int, int], outside: np.ndarray, split: tuple
 ) -> None:
@@ -54,7 +53,7 @@ def _coordinates(
         dx[column], dy[column] = x - left[column], y - top[column]
 
 
-@_compile
+@compiled
 def _taps(moves: bool, bicubic: bool) -> tuple[int, int]:
     """Returns which of the four neighbours count."""
     if not moves:
@@ -62,7 +61,7 @@ def _taps(moves: bool, bicubic: bool) -> tuple[int, int]:
     return (0, 4) if bicubic else (1, 3)
 
 
-@_compile
+@compiled
 def _affine(pixels: np.ndarray, m: tuple, fill: int, bicubic: bool) -> np.ndarray:
     height, width = pixels.shape
     across = not (m[0] == 1.0 and m[1] == 0.0 and m[2] == 0.0)  # else each x is its own
@@ -104,7 +103,7 @@ def _affine(pixels: np.ndarray, m: tuple, fill: int, bicubic: bool) -> np.ndarra
     return result
 
 
-@_compile
+@compiled
 def _sharpness(pixels: np.ndarray, factor: np.float32) -> np.ndarray:
     height, width = pixels.shape
     source = pixels.view(np.uint8)

@@ -5,6 +5,7 @@ the arithmetic of Pillow's 8-bit code, whose sums are integers, so that the pixe
 """
 
 import math
+from collections.abc import Callable
 
 import numba
 import numpy as np
@@ -15,10 +16,16 @@ _BITS = 22  # of the fraction of a weight: 32 less 8 of the pixel and 2 to spare
 _COLUMNS_FIRST = int(PIL.__version__.partition(".")[0]) >= 13  # where that is less work
 _TILE = 8
 
-_compile = numba.njit(nogil=True, cache=True, boundscheck=False)
+
+def compiled(function: Callable) -> Callable:
+    """Compiles with Numba, and keeps the result for the next start where there is a place to."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither this folder nor the user's own can be written to
+        return numba.njit(nogil=True)(function)
 
 
-@_compile
+@compiled
 def _weight(x: float, bicubic: bool) -> float:
     x = abs(x)
     if not bicubic:
@@ -30,7 +37,7 @@ def _weight(x: float, bicubic: bool) -> float:
     return 0.0
 
 
-@_compile
+@compiled
 def _weights(source: int, target: int, bicubic: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first source pixel of each target pixel, and its fixed-point weights."""
     scale = source / target
@@ -59,7 +66,7 @@ def _weights(source: int, target: int, bicubic: bool) -> tuple[np.ndarray, np.nd
     return first, fixed
 
 
-@_compile
+@compiled
 def _blend_rows(pixels: np.ndarray, target: int, bicubic: bool) -> np.ndarray:
     """Resizes the first axis of uint32 [rows, n] to `target`."""
     rows = len(pixels)
@@ -83,7 +90,7 @@ def _blend_rows(pixels: np.ndarray, target: int, bicubic: bool) -> np.ndarray:
     return result.view(np.uint32)
 
 
-@_compile
+@compiled
 def _transpose(pixels: np.ndarray) -> np.ndarray:
     """Swaps the axes of uint32 [a, b], some rows at a time for the cache's sake."""
     a, b = pixels.shape
@@ -99,7 +106,7 @@ def _transpose(pixels: np.ndarray) -> np.ndarray:
     return result
 
 
-@_compile
+@compiled
 def _resize(
     pixels: np.ndarray, width: int, height: int, bicubic: bool, columns_first: bool
 ) -> np.ndarray:
