@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-_POLICY = "rand-m9-mstd0.5-inc1"
+_POLICIES = ("rand-m9-mstd0.5-inc1", "")
 _BATCH = 64
 _WARM_UP = 6  # batches
 
@@ -133,36 +133,44 @@ def follow_memory(batches, images: int) -> None:
 def compare(options: argparse.Namespace, directory: str) -> None:
     """Runs both sides in turns, and prints the medians."""
     print(f"{'policy':22s} {'workers':>7s} {'side':18s} {'images/s':>9s} {'CPU ms/image':>13s}")
-    for policy in (_POLICY, ""):
-        for workers in options.workers:
-            runs: dict[str, list[dict]] = {side: [] for side in options.sides}
-            for _ in range(options.rounds):
-                for side in options.sides:
-                    python = options.timm_python if side == "timm" else sys.executable
-                    command = [python, __file__, f"--directory={directory}", f"--run={side}"]
-                    command += [f"--policy={policy}", f"--workers={workers}"]
-                    command += [f"--images={options.images}"]
-                    output = subprocess.run(command, capture_output=True, text=True, check=True)
-                    runs[side].append(json.loads(output.stdout.splitlines()[-1]))
-            for side, results in runs.items():
+    for workers in options.workers:
+        runs: dict[tuple[str, str], list[dict]] = {}
+        for _ in range(options.rounds):
+            for side in options.sides:
+                python = options.timm_python if side == "timm" else sys.executable
+                command = [python, __file__, f"--directory={directory}", f"--run={side}"]
+                command += [f"--workers={workers}", f"--images={options.images}"]
+                output = subprocess.run(command, capture_output=True, text=True, check=True)
+                for policy, result in json.loads(output.stdout.splitlines()[-1]).items():
+                    runs.setdefault((policy, side), []).append(result)
+        for policy in _POLICIES:
+            for side in options.sides:
+                results = runs[policy, side]
                 rate = statistics.median(result["rate"] for result in results)
                 cpu = statistics.median(result["cpu_ms"] for result in results)
                 label = policy or "none"
                 print(f"{label:22s} {workers:7d} {side:18s} {rate:9.0f} {cpu:13.2f}", flush=True)
 
 
+def open_batches(directory: str, options: argparse.Namespace, policy: str):
+    """Returns the batches of the side that the options name, ours if none."""
+    if options.run == "timm":
+        return timm_batches(directory, options.workers[0], policy)
+    backend = "pillow" if options.run == "ours+pillow" else "auto"
+    return our_batches(directory, options.workers[0], policy, backend)
+
+
 def main() -> None:
     """Compares both sides, or runs the one that the parent process asks for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--timm_python", default="python", help="of an environment with timm")
-    parser.add_argument("--sides", nargs="+", default=["ours", "ours+fast", "timm"])
+    parser.add_argument("--sides", nargs="+", default=["ours", "ours+pillow", "timm"])
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1024, help="timed in a run")
     parser.add_argument("--pictures", type=int, default=512, help="written to the folder")
     parser.add_argument("--memory", action="store_true", help="follow our memory instead")
     parser.add_argument("--directory", default="", help="of the pictures; made if absent")
-    parser.add_argument("--policy", default=_POLICY)
     parser.add_argument("--run", default="", help="one side, in this process")
     options = parser.parse_args()
     sys.path.insert(0, os.fspath(Path(__file__).parents[1]))
@@ -170,21 +178,19 @@ def main() -> None:
         directory = options.directory or temporary
         if not (Path(directory) / "train").exists():
             write_pictures(Path(directory), options.pictures)
-        side = options.run or ("ours" if options.memory else "")
-        if not side:
-            compare(options, directory)
-            return
-        if side == "timm":
-            batches = timm_batches(directory, options.workers[0], options.policy)
-        else:
-            backend = "fast" if side.endswith("+fast") else "pillow"
-            batches = our_batches(directory, options.workers[0], options.policy, backend)
         if options.memory:
+            batches = open_batches(directory, options, _POLICIES[0])
             follow_memory(batches, options.images)
+            batches.close()
+        elif options.run:
+            results = {}
+            for policy in _POLICIES:
+                batches = open_batches(directory, options, policy)
+                results[policy] = measure(batches, options.images)
+                batches.close()
+            print(json.dumps(results))
         else:
-            print(json.dumps(measure(batches, options.images)))
-        sys.stdout.flush()
-        batches.close()
+            compare(options, directory)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.data.image_size = 224  # pixels, of training and of evaluation
     config.data.workers = 0  # processes a host that decode and augment; 0: threads of this one
     config.data.threads = 16  # threads a process that read and decode
-    config.data.backend = "pillow"  # of training pictures: "pillow", or "fast" (extra `fast`)
+    config.data.backend = "auto"  # of training: "pillow", or "fast" where its extra is installed
 
     config.augment = ConfigDict()
     config.augment.crop_scale = (0.08, 1.0)  # area of the random crop, as a part of the picture

@@ -9,6 +9,7 @@ from PIL import Image
 
 from configs import default
 from mambaout_jax.data.augment import TrainTransform, color_jitter, draw_crop
+from mambaout_jax.data.backends import FastBackend, PillowBackend, open_backend
 from mambaout_jax.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -116,12 +117,17 @@ def test_intervals_must_rise(key):
         transformed(**{key: (0.5, 0.1)})
 
 
-def test_a_backend_that_is_not_there_is_named(monkeypatch):
+def test_backends_are_chosen_by_name_and_by_what_is_installed(monkeypatch):
+    assert isinstance(open_backend("pillow"), PillowBackend)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "found")
+    assert isinstance(open_backend("auto"), FastBackend)
+    assert isinstance(open_backend("fast"), FastBackend)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert isinstance(open_backend("auto"), PillowBackend)
     config = plain_config()
+    config.data.backend = "fast"
+    with pytest.raises(UserError, match=r"'fast' needs simplejpeg: pip install"):
+        TrainTransform(config)
     config.data.backend = "opencv"
     with pytest.raises(UserError, match=r"data.backend is 'opencv'"):
-        TrainTransform(config)
-    config.data.backend = "fast"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"'fast' needs simplejpeg: pip install"):
         TrainTransform(config)

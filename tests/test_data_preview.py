@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from configs import default
 from mambaout_jax.data.pipeline import TrainBatches
-from mambaout_jax.data.preview import contact_sheet
+from mambaout_jax.data.preview import contact_sheet, save
+from mambaout_jax.errors import UserError
 
 
 def test_sheet_holds_the_first_pictures():
@@ -23,6 +25,18 @@ def test_sheet_holds_the_first_pictures():
     np.testing.assert_array_equal(sheet[:96, 96:192], first[1])
     np.testing.assert_array_equal(sheet[112:208, 192:], second[1])
     assert (sheet[208:, :96] < 128).any()  # the caption
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("sheet.doc", "ends in .png, .jpg or .webp"),
+        ("none/sheet.png", "cannot be written: No such"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path, output, message):
+    with pytest.raises(UserError, match=message):
+        save(Image.new("RGB", (4, 4)), str(tmp_path / output))
 
 
 def test_command_writes_a_file(tmp_path):

@@ -48,7 +48,9 @@ class TrainTransform:
         self._hflip = augment.hflip
         self._jitter = augment.color_jitter
         self._policy = randaugment.parse_policy(
-            augment.policy, self._filters, image_ops.operations(self._backend.warp)
+            augment.policy,
+            self._filters,
+            image_ops.operations(self._backend.warp, self._backend.sharpness),
         )
 
     def __call__(self, file_bytes: bytes, rng: np.random.Generator, name: str) -> np.ndarray:
@@ -65,7 +67,7 @@ class TrainTransform:
         Raises:
           BadImageError: the file is no picture, or a damaged one.
         """
-        picture = self._backend.decode(file_bytes, name)
+        picture = self._backend.open(file_bytes, name)
         box = draw_crop(picture.size, self._scale, self._ratio, rng)
         filter_ = self._filters[int(rng.integers(len(self._filters)))]
         image = self._backend.resized_crop(picture, box, (self._size, self._size), filter_)

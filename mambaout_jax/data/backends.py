@@ -1,5 +1,6 @@
-"""Two ways to make a training picture's pixels: Pillow's, and a faster one."""
+"""Two ways to the same pixels of a training picture: Pillow, and a faster one."""
 
+import dataclasses
 import importlib.util
 from typing import Protocol
 
@@ -9,7 +10,7 @@ from PIL import Image
 from mambaout_jax.data import decoding, image_ops
 from mambaout_jax.errors import UserError
 
-_SHIFTS = (Image.Resampling.BICUBIC,)  # filters where the compiled warp is the faster one
+_LIBRARIES = ("simplejpeg", "numba")  # of the fast backend
 
 
 class Picture(Protocol):
@@ -23,8 +24,8 @@ class Picture(Protocol):
 class Backend(Protocol):
     """Decodes, crops and moves pixels; picklable."""
 
-    def decode(self, file_bytes: bytes, name: str) -> Picture:
-        """Decodes a file to RGB, or raises `decoding.BadImageError`."""
+    def open(self, file_bytes: bytes, name: str) -> Picture:
+        """Opens a file as RGB, or raises `decoding.BadImageError`, as may `resized_crop`."""
 
     def resized_crop(
         self,
@@ -38,13 +39,16 @@ class Backend(Protocol):
     def warp(
         self, image: Image.Image, coefficients: tuple[float, ...], filter_: Image.Resampling
     ) -> Image.Image:
-        """Does what `image_ops.pillow_warp` does."""
+        """Does what `image_ops.warp` does."""
+
+    def sharpness(self, image: Image.Image, factor: float) -> Image.Image:
+        """Does what `image_ops.sharpness` does."""
 
 
 class PillowBackend:
-    """The reference's own library and pixels."""
+    """The reference's own library."""
 
-    def decode(self, file_bytes: bytes, name: str) -> Image.Image:
+    def open(self, file_bytes: bytes, name: str) -> Image.Image:
         """See `Backend`."""
         return decoding.decode(file_bytes, name)
 
@@ -54,66 +58,86 @@ class PillowBackend:
 
     def warp(self, image, coefficients, filter_) -> Image.Image:
         """See `Backend`."""
-        return image_ops.pillow_warp(image, coefficients, filter_)
+        return image_ops.warp(image, coefficients, filter_)
+
+    def sharpness(self, image, factor) -> Image.Image:
+        """See `Backend`."""
+        return image_ops.sharpness(image, factor)
 
 
-class _Pixels:
-    """uint8 [H, W, 3]."""
+@dataclasses.dataclass
+class _Undecoded:
+    """A JPEG whose rows wait to be asked for."""
 
-    def __init__(self, pixels: np.ndarray):
-        self.pixels = pixels
-        self.size = (pixels.shape[1], pixels.shape[0])
+    file_bytes: bytes
+    name: str
+    size: tuple[int, int]
 
 
 class FastBackend:
-    """simplejpeg decodes, and Numba resizes and shifts.
+    """The same pixels by simplejpeg and Numba, and by Pillow where it is as fast.
 
-    simplejpeg is libjpeg-turbo as Pillow is, with the accurate transform and smooth upsampling,
-    and its pixels are equal where both carry the same release. `kernels` tells the resize's.
+    simplejpeg is libjpeg-turbo as Pillow is, with the accurate transform and smooth upsampling.
     """
 
-    def decode(self, file_bytes: bytes, name: str) -> _Pixels:
-        """See `Backend`; anything but a JPEG of three colours goes through Pillow."""
-        import simplejpeg
+    def open(self, file_bytes: bytes, name: str) -> Picture:
+        """See `Backend`."""
+        from mambaout_jax.data import fast_decode
 
-        try:
-            if file_bytes[:2] == b"\xff\xd8":
-                _, _, colorspace, _ = simplejpeg.decode_jpeg_header(file_bytes)
-                if colorspace == "YCbCr":
-                    return _Pixels(simplejpeg.decode_jpeg(file_bytes, colorspace="RGB"))
-        except ValueError:
-            pass  # Pillow says what is wrong with it
-        return _Pixels(np.asarray(decoding.decode(file_bytes, name)))
+        size = fast_decode.jpeg_size(file_bytes)
+        if size is None:
+            return decoding.decode(file_bytes, name)
+        return _Undecoded(file_bytes, name, size)
 
     def resized_crop(self, picture, box, size, filter_) -> Image.Image:
         """See `Backend`."""
-        from mambaout_jax.data import kernels
+        from mambaout_jax.data import fast_decode, fast_resize
 
         left, top, right, bottom = box
-        part = picture.pixels[top:bottom, left:right]
-        return Image.fromarray(kernels.resize(part, size, filter_))
+        if isinstance(picture, _Undecoded):
+            try:
+                pixels = fast_decode.decode_rows(picture.file_bytes, picture.size[1], bottom)
+            except ValueError:  # Pillow says what is wrong with it
+                pixels = _pixels(decoding.decode(picture.file_bytes, picture.name))
+        else:
+            pixels = _pixels(picture)
+        return _image(fast_resize.resize(pixels[top:bottom, left:right], size, filter_))
 
     def warp(self, image, coefficients, filter_) -> Image.Image:
         """See `Backend`."""
-        from mambaout_jax.data import kernels
+        from mambaout_jax.data import fast_ops
 
-        if filter_ not in _SHIFTS:
-            return image_ops.pillow_warp(image, coefficients, filter_)
-        pixels = kernels.affine(np.asarray(image), coefficients, filter_, image_ops.FILL)
-        return Image.fromarray(pixels)
+        return _image(fast_ops.affine(_pixels(image), coefficients, filter_, image_ops.FILL))
+
+    def sharpness(self, image, factor) -> Image.Image:
+        """See `Backend`."""
+        from mambaout_jax.data import fast_ops
+
+        return _image(fast_ops.sharpness(_pixels(image), factor))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Returns an RGB picture as uint32 [H, W]."""
+    data = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
+    return data.reshape(image.height, image.width)
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    """Returns uint32 [H, W] as an RGB picture."""
+    return Image.frombytes("RGB", pixels.shape[::-1], pixels, "raw", "RGBX")
 
 
 def open_backend(name: str) -> Backend:
-    """Returns the backend of that name.
+    """Returns the backend "pillow" or "fast"; "auto" is the fast one where its libraries are.
 
     Raises:
-      UserError: there is none, or its libraries are missing.
+      UserError: there is none of that name, or its libraries are missing.
     """
-    if name == "pillow":
+    if name not in ("auto", "pillow", "fast"):
+        raise UserError(f"data.backend is {name!r}; it is 'auto', 'pillow' or 'fast'.")
+    missing = [library for library in _LIBRARIES if importlib.util.find_spec(library) is None]
+    if name == "pillow" or (name == "auto" and missing):
         return PillowBackend()
-    if name != "fast":
-        raise UserError(f"data.backend is {name!r}; it is 'pillow' or 'fast'.")
-    for library in ("simplejpeg", "numba"):
-        if importlib.util.find_spec(library) is None:
-            raise UserError(f"data.backend 'fast' needs {library}: pip install -e '.[fast]'.")
+    if missing:
+        raise UserError(f"data.backend 'fast' needs {missing[0]}: pip install -e '.[fast]'.")
     return FastBackend()

@@ -20,7 +20,9 @@ def join_ahead(
     ahead = _BATCHES_AHEAD * per_batch
     if num_workers:
         ahead = -(-ahead // num_workers)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(ahead, 1))
+    options = grain.ReadOptions(
+        num_threads=min(num_threads, ahead), prefetch_buffer_size=ahead
+    )  # more threads than chunks ahead would have nothing to do
     dataset = chunks.to_iter_dataset(options)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads flags of its own before it starts workers

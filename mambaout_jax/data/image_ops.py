@@ -4,6 +4,7 @@ An operation is called as operation(image, level, sign, filter): the level in
 [0, 10] sets the strength, the sign (1 or -1) the direction, where it has one.
 """
 
+import math
 from collections.abc import Callable
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -12,9 +13,10 @@ FILL = (124, 116, 104)  # the ImageNet mean, where a moved picture leaves nothin
 
 Operation = Callable[[Image.Image, float, int, Image.Resampling], Image.Image]
 Warp = Callable[[Image.Image, tuple[float, ...], Image.Resampling], Image.Image]
+Sharpness = Callable[[Image.Image, float], Image.Image]
 
 
-def pillow_warp(
+def warp(
     image: Image.Image, coefficients: tuple[float, ...], filter_: Image.Resampling
 ) -> Image.Image:
     """Takes pixel (x, y) from (ax + by + c, dx + ey + f); outside lies the fill colour."""
@@ -23,9 +25,12 @@ def pillow_warp(
     )
 
 
-def rotate(image: Image.Image, degrees: float, filter_: Image.Resampling) -> Image.Image:
-    """Turns the picture about its middle, counter-clockwise."""
-    return image.rotate(degrees, resample=filter_, fillcolor=FILL)
+def rotation(size: tuple[int, int], degrees: float) -> tuple[float, ...]:
+    """Returns the coefficients of a counter-clockwise turn about the middle, as Pillow's are."""
+    angle = -math.radians(degrees % 360)
+    cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x, y = size[0] / 2, size[1] / 2
+    return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
 
 
 def _lookup(image: Image.Image, table: list[int]) -> Image.Image:
@@ -98,9 +103,10 @@ def _unit(level: float) -> float:
     return min(level / 10, 1.0)
 
 
-def operations(warp: Warp) -> dict[str, Operation]:
-    """Returns every operation by timm's name; `warp` moves pixels along a line."""
+def operations(warp: Warp, sharpness: Sharpness) -> dict[str, Operation]:
+    """Returns every operation by timm's name, by way of the two that backends differ in."""
     return _IN_PLACE | {
+        "Rotate": lambda i, level, s, f: warp(i, rotation(i.size, s * level / 10 * 30), f),
         # a row moves left by the factor for each row down, a column up for each column right
         "ShearX": lambda i, level, s, f: warp(i, (1, s * (level / 10 * 0.3), 0, 0, 1, 0), f),
         "ShearY": lambda i, level, s, f: warp(i, (1, 0, 0, s * (level / 10 * 0.3), 1, 0), f),
@@ -111,6 +117,8 @@ def operations(warp: Warp) -> dict[str, Operation]:
         "TranslateYRel": lambda i, level, s, f: warp(
             i, (1, 0, 0, 0, 1, s * (level / 10 * 0.45) * i.height), f
         ),
+        "Sharpness": lambda i, level, s, f: sharpness(i, _plain_factor(level)),
+        "SharpnessIncreasing": lambda i, level, s, f: sharpness(i, _increasing_factor(level, s)),
     }
 
 
@@ -118,7 +126,6 @@ _IN_PLACE: dict[str, Operation] = {
     "AutoContrast": lambda image, level, sign, filter_: ImageOps.autocontrast(image),
     "Equalize": lambda image, level, sign, filter_: ImageOps.equalize(image),
     "Invert": lambda image, level, sign, filter_: invert(image),
-    "Rotate": lambda image, level, sign, filter_: rotate(image, sign * level / 10 * 30, filter_),
     "Posterize": lambda image, level, sign, filter_: posterize(image, _bits(level)),
     "PosterizeIncreasing": lambda i, level, s, f: posterize(i, max(4 - _bits(level), 0)),
     "Solarize": lambda i, level, s, f: solarize(i, _threshold(level)),
@@ -130,10 +137,8 @@ _IN_PLACE: dict[str, Operation] = {
     "ContrastIncreasing": lambda i, level, s, f: contrast(i, _increasing_factor(level, s)),
     "Brightness": lambda i, level, s, f: brightness(i, _plain_factor(level)),
     "BrightnessIncreasing": lambda i, level, s, f: brightness(i, _increasing_factor(level, s)),
-    "Sharpness": lambda i, level, s, f: sharpness(i, _plain_factor(level)),
-    "SharpnessIncreasing": lambda i, level, s, f: sharpness(i, _increasing_factor(level, s)),
     "Desaturate": lambda i, level, s, f: color(i, 1 - (0.5 + 0.5 * _unit(level))),
     "GaussianBlur": lambda i, level, s, f: gaussian_blur(i, 0.1 + 1.9 * _unit(level)),
 }
 
-OPERATIONS = operations(pillow_warp)
+OPERATIONS = operations(warp, sharpness)

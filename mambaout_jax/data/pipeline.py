@@ -5,7 +5,6 @@ stream of pictures is the same picture with the same augmentation whatever the n
 worker processes and hosts. A training iterator's state is therefore one number, its step.
 """
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 
@@ -14,92 +13,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mambaout_jax.data import augment, chunks, preprocess, sources
-from mambaout_jax.data.decoding import BadImageError
+from mambaout_jax.data import augment, chunks, pictures, preprocess, sources
 from mambaout_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Order:
-    """Which picture stands where in the endless stream.
-
-    An epoch is a fresh shuffle in which each picture stands `repeats` times in a row, cut down to
-    whole batches.
-    """
-
-    num_examples: int
-    repeats: int
-    batch_size: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.num_examples * self.repeats // self.batch_size
-
-    def indices(self) -> grain.MapDataset:
-        """Returns picture numbers, shuffled anew in each epoch of `num_examples` of them."""
-        return grain.MapDataset.range(self.num_examples).seed(self.seed).shuffle().repeat()
-
-    def shuffled_position(self, position: int) -> int:
-        """Returns where in `indices` a position of the stream finds its picture."""
-        epoch, offset = divmod(position, self.steps_per_epoch * self.batch_size)
-        return epoch * self.num_examples + offset // self.repeats
-
-
-class _MakeTrainingPicture:
-    """Called with a position of the stream and its generator, makes the picture that stands there.
-
-    A picture that cannot be decoded is replaced by the data set's next one.
-    """
-
-    def __init__(
-        self, source: sources.Source, order: _Order, transform: augment.TrainTransform, max_bad: int
-    ):
-        self._source = source
-        self._order = order
-        self._indices = order.indices()
-        self._transform = transform
-        self._max_bad = max_bad
-
-    def __call__(self, position: int, rng: np.random.Generator) -> dict:
-        index = self._indices[self._order.shuffled_position(position)]
-        damages: list[tuple[str, str]] = []
-        while True:
-            record = self._source[index]
-            try:
-                image = self._transform(record["image"], rng, record["name"])
-            except BadImageError as error:
-                damages.append((record["name"], str(error)))
-                if len(damages) > self._max_bad:
-                    raise UserError(_too_many(damages, self._max_bad)) from error
-                index = (index + 1) % len(self._source)
-            else:
-                return {"image": image, "label": record["label"], "damages": damages}
-
-
-class _MakeChunk:
-    """Called with a chunk's number, stacks the pictures of that chunk of this process's batches."""
-
-    def __init__(self, pictures: grain.MapDataset, global_batch: int, local_batch: int, first: int):
-        self._pictures = pictures
-        self._global_batch = global_batch
-        self._local_batch = local_batch
-        self._first = first  # this process's first place in a global batch
-        self.per_batch = -(-local_batch // chunks.CHUNK)
-
-    def __call__(self, chunk: int) -> dict:
-        step, part = divmod(chunk, self.per_batch)
-        start = step * self._global_batch + self._first + part * chunks.CHUNK
-        length = min(chunks.CHUNK, self._local_batch - part * chunks.CHUNK)
-        rows = [self._pictures[start + row] for row in range(length)]
-        return {
-            "image": np.stack([row["image"] for row in rows]),
-            "label": np.array([row["label"] for row in rows], np.int32),
-            "replaced": np.array([bool(row["damages"]) for row in rows]),
-            "damages": [damage for row in rows for damage in row["damages"]],
-        }
 
 
 class TrainBatches(Iterator[Batch]):
@@ -144,7 +61,9 @@ class TrainBatches(Iterator[Batch]):
         self._max_bad = int(config.augment.max_bad_fraction * self.num_examples)
         self._workers = chunks.worker_options(config.data)
         local_batch = chunks.share(config.batch_size, process_count, "batch_size")
-        order = _Order(self.num_examples, config.augment.repeats, config.batch_size, config.seed)
+        order = pictures.Order(
+            self.num_examples, config.augment.repeats, config.batch_size, config.seed
+        )
         if config.augment.repeats < 1:
             raise UserError(f"augment.repeats is {config.augment.repeats}; it is 1 or more.")
         if not 0 <= config.seed < 2**32:
@@ -163,10 +82,12 @@ class TrainBatches(Iterator[Batch]):
             "repeats": config.augment.repeats,
         }
         transform = augment.TrainTransform(config)
-        make_picture = _MakeTrainingPicture(source, order, transform, self._max_bad)
-        pictures = grain.MapDataset.range(sys.maxsize).seed(config.seed).random_map(make_picture)
-        self._make_chunk = _MakeChunk(
-            pictures, config.batch_size, local_batch, process_index * local_batch
+        make_picture = pictures.MakeTrainingPicture(source, order, transform, self._max_bad)
+        self._make_chunk = pictures.MakeTrainingChunk(
+            grain.MapDataset.range(sys.maxsize).seed(config.seed).random_map(make_picture),
+            config.batch_size,
+            local_batch,
+            process_index * local_batch,
         )
         self._step = start_step
         self._iterator: Iterator[dict] | None = None
@@ -212,44 +133,16 @@ class TrainBatches(Iterator[Batch]):
         for name, message in damages:
             if name not in self.bad_pictures:
                 self.bad_pictures.add(name)
-                logging.warning("%s The next picture takes its place.", message)
+                logging.warning(
+                    "%s The next picture takes its place (%d of at most %d).",
+                    message,
+                    len(self.bad_pictures),
+                    self._max_bad,
+                )
         if len(self.bad_pictures) > self._max_bad:
-            raise UserError(_too_many([(name, "") for name in self.bad_pictures], self._max_bad))
-
-
-class _MakeEvaluationChunk:
-    """Called with a chunk's number, makes its pictures; places after the last one are padding."""
-
-    def __init__(
-        self,
-        source: sources.Source,
-        preprocessing: preprocess.Preprocessing,
-        local_batch: int,
-        process_index: int,
-        process_count: int,
-    ):
-        self._source = source
-        self._preprocessing = preprocessing
-        self._local_batch = local_batch
-        self._process_index = process_index
-        self._process_count = process_count
-        self.per_batch = -(-local_batch // chunks.CHUNK)
-
-    def __call__(self, chunk: int) -> dict:
-        step, part = divmod(chunk, self.per_batch)
-        start = (step * self._process_count + self._process_index) * self._local_batch
-        start += part * chunks.CHUNK
-        length = min(chunks.CHUNK, self._local_batch - part * chunks.CHUNK)
-        image = np.zeros((length, *self._preprocessing.shape, 3), np.uint8)
-        label = np.zeros(length, np.int32)
-        mask = np.arange(start, start + length) < len(self._source)
-        for row in np.flatnonzero(mask):
-            record = self._source[int(start + row)]
-            image[row] = preprocess.preprocess_image(
-                record["image"], self._preprocessing, record["name"]
+            raise UserError(
+                pictures.too_many([(name, "") for name in self.bad_pictures], self._max_bad)
             )
-            label[row] = record["label"]
-        return {"image": image, "label": label, "mask": mask, "damages": []}
 
 
 class EvalBatches:
@@ -284,7 +177,7 @@ class EvalBatches:
         self.name = source.name
         self._length = -(-self.num_examples // config.eval.batch_size)
         self._workers = chunks.worker_options(config.data)
-        self._make_chunk = _MakeEvaluationChunk(
+        self._make_chunk = pictures.MakeEvaluationChunk(
             source,
             preprocess.Preprocessing(
                 size=config.data.image_size,
@@ -309,11 +202,3 @@ class EvalBatches:
                 yield batch
         finally:
             iterator.close()
-
-
-def _too_many(damages: list[tuple[str, str]], allowed: int) -> str:
-    names = ", ".join(sorted(name for name, _ in damages)[:5])
-    return (
-        f"More than {allowed} training pictures cannot be decoded ({names}); mend the data, or "
-        f"raise augment.max_bad_fraction."
-    )

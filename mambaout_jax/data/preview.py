@@ -3,10 +3,13 @@
 python -m mambaout_jax.data.preview --config=configs/quickstart.py --output=sheet.png
 """
 
+import sys
+
 from absl import app, flags
 from ml_collections import config_flags
 from PIL import Image, ImageDraw
 
+from mambaout_jax.config import check_command_line
 from mambaout_jax.data.pipeline import TrainBatches
 from mambaout_jax.errors import UserError
 
@@ -46,17 +49,33 @@ def contact_sheet(batches: TrainBatches, rows: int, columns: int) -> Image.Image
     return sheet
 
 
+def save(sheet: Image.Image, output: str) -> None:
+    """Writes the sheet, or raises a UserError that says why it cannot."""
+    try:
+        sheet.save(output)
+    except ValueError as error:
+        raise UserError(f"--output is {output}; it ends in .png, .jpg or .webp.") from error
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
+
+
 def main(_: list[str]) -> None:
     """Writes the sheet that the flags ask for."""
-    try:
-        batches = TrainBatches(_CONFIG.value)
-        contact_sheet(batches, _ROWS.value, _COLUMNS.value).save(_OUTPUT.value)
-        batches.close()
-    except UserError as error:
-        raise SystemExit(str(error)) from error
+    batches = TrainBatches(_CONFIG.value)
+    sheet = contact_sheet(batches, _ROWS.value, _COLUMNS.value)
+    batches.close()
+    save(sheet, _OUTPUT.value)
     print(f"wrote {_OUTPUT.value}")
 
 
-if __name__ == "__main__":
+def _parse_flags(argv: list[str]) -> list[str]:
+    check_command_line(argv)
     flags.mark_flag_as_required("config")
-    app.run(main)
+    return app.parse_flags_with_usage(argv)
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,134 @@
+"""Pillow's resize again, compiled by Numba: the same pixels, sooner.
+
+Pictures are uint32 [H, W]: the bytes R, G, B and one that counts for nothing. Each function follows
+the arithmetic of Pillow's 8-bit code, whose sums are integers, so that the pixels are equal.
+"""
+
+import math
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import PIL
+from PIL import Image
+
+_BITS = 22  # of the fraction of a weight: 32 less 8 of the pixel and 2 to spare
+_COLUMNS_FIRST = int(PIL.__version__.partition(".")[0]) >= 13  # where that is less work
+_TILE = 8
+
+
+def compiled(function: Callable) -> Callable:
+    """Compiles with Numba, and keeps the result for the next start where there is a place to."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither this folder nor the user's own can be written to
+        return numba.njit(nogil=True)(function)
+
+
+@compiled
+def _weight(x: float, bicubic: bool) -> float:
+    x = abs(x)
+    if not bicubic:
+        return 1.0 - x if x < 1.0 else 0.0
+    if x < 1.0:
+        return ((-0.5 + 2.0) * x - (-0.5 + 3.0)) * x * x + 1
+    if x < 2.0:
+        return (((x - 5) * x + 8) * x - 4) * -0.5
+    return 0.0
+
+
+@compiled
+def _weights(source: int, target: int, bicubic: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first source pixel of each target pixel, and its fixed-point weights."""
+    scale = source / target
+    filter_scale = max(scale, 1.0)
+    support = (2.0 if bicubic else 1.0) * filter_scale
+    taps = math.ceil(support) * 2 + 1
+    first = np.zeros(target, np.int64)
+    fixed = np.zeros((target, taps), np.int32)
+    exact = np.zeros(taps)
+    inverse = 1.0 / filter_scale
+    for out in range(target):
+        center = (out + 0.5) * scale
+        low = max(int(center - support + 0.5), 0)
+        count = min(int(center + support + 0.5), source) - low
+        total = 0.0
+        for tap in range(count):
+            exact[tap] = _weight((tap + low - center + 0.5) * inverse, bicubic)
+            total += exact[tap]
+        for tap in range(count):
+            value = exact[tap]
+            if total != 0.0:
+                value /= total
+            value *= 1 << _BITS
+            fixed[out, tap] = int(value - 0.5) if value < 0 else int(value + 0.5)
+        first[out] = low
+    return first, fixed
+
+
+@compiled
+def _blend_rows(pixels: np.ndarray, target: int, bicubic: bool) -> np.ndarray:
+    """Resizes the first axis of uint32 [rows, n] to `target`."""
+    rows = len(pixels)
+    first, fixed = _weights(rows, target, bicubic)
+    source = pixels.view(np.uint8)
+    length = source.shape[1]
+    result = np.empty((target, length), np.uint8)
+    total = np.empty(length, np.int32)
+    for out in range(target):
+        for i in range(length):
+            total[i] = np.int32(1 << (_BITS - 1))
+        for tap in range(fixed.shape[1]):
+            weight = fixed[out, tap]
+            if weight == 0:  # also wherever a tap lies outside
+                continue
+            row = source[first[out] + tap]
+            for i in range(length):
+                total[i] = np.int32(total[i] + np.int32(row[i]) * weight)
+        for i in range(length):
+            result[out, i] = np.uint8(min(max(total[i] >> _BITS, 0), 255))
+    return result.view(np.uint32)
+
+
+@compiled
+def _transpose(pixels: np.ndarray) -> np.ndarray:
+    """Swaps the axes of uint32 [a, b], some rows at a time for the cache's sake."""
+    a, b = pixels.shape
+    result = np.empty((b, a), np.uint32)
+    whole = a - a % _TILE
+    for top in range(0, whole, _TILE):
+        for j in range(b):
+            for i in range(_TILE):
+                result[j, top + i] = pixels[top + i, j]
+    for i in range(whole, a):
+        for j in range(b):
+            result[j, i] = pixels[i, j]
+    return result
+
+
+@compiled
+def _resize(
+    pixels: np.ndarray, width: int, height: int, bicubic: bool, columns_first: bool
+) -> np.ndarray:
+    if columns_first:
+        low = _transpose(_blend_rows(pixels, height, bicubic))
+        return _transpose(_blend_rows(low, width, bicubic))
+    narrow = _blend_rows(_transpose(pixels), width, bicubic)
+    return _blend_rows(_transpose(narrow), height, bicubic)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int], filter_: Image.Resampling) -> np.ndarray:
+    """Resizes as the installed release of Pillow does.
+
+    Args:
+      pixels: uint32 [H, W].
+      size: (width, height) of the result.
+      filter_: bilinear or bicubic.
+
+    Returns:
+      uint32 [height, width].
+    """
+    shorter, narrower = pixels.shape[0] - size[1], pixels.shape[1] - size[0]
+    columns_first = _COLUMNS_FIRST and shorter > 0 and shorter > 2 * narrower
+    bicubic = filter_ == Image.Resampling.BICUBIC
+    return _resize(np.ascontiguousarray(pixels), *size, bicubic, columns_first)
