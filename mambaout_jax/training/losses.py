@@ -8,6 +8,15 @@ import jax
 from mambaout_jax.errors import UserError
 
 
+class NonFiniteLossError(UserError):
+    """The loss of a step, or its gradient, is not finite: the state after it is worth nothing."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(f"the loss of step {step} is {loss}")
+        self.step = step
+        self.skipped: list[int] = []
+
+
 class Losses:
     """Sums the losses of steps since the last `mean`; a run continues from its `state`."""
 
@@ -20,7 +29,7 @@ class Losses:
         """Takes the loss of a step, and reads that of the step before.
 
         Raises:
-            UserError: when the loss of the step before is not finite.
+            NonFiniteLossError: when the loss of the step before is not finite.
         """
         self.flush()
         self._pending = (step, loss)
@@ -29,17 +38,14 @@ class Losses:
         """Reads the loss that is still on the device.
 
         Raises:
-            UserError: when it is not finite.
+            NonFiniteLossError: when it is not finite.
         """
         if self._pending is None:
             return
         step, loss = self._pending
         self._pending, self.last = None, float(loss)
         if not math.isfinite(self.last):
-            raise UserError(
-                f"the loss of step {step} is {self.last}: the checkpoints before it are good; try "
-                "a lower config.schedule.learning_rate or set config.optimizer.clip_norm"
-            )
+            raise NonFiniteLossError(step, self.last)
         self.total, self.count = self.total + self.last, self.count + 1
 
     def mean(self) -> float:
