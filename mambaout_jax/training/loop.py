@@ -81,12 +81,14 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
     check_alike(
         configuration=json.dumps(configuration.shared(config), sort_keys=True), workdir=str(workdir)
     )
-    with all_or_none():
-        run = build_run(config)
+    workdir = epath.Path(workdir)
     root = jax.random.key(config.seed)
     init_key, train_key = (jax.random.fold_in(root, role) for role in (INIT_KEY, TRAIN_KEY))
     params = None
     with all_or_none():
+        run = build_run(config)
+        abstract = jax.eval_shape(run.initial_state, init_key)
+        shardings = state_shardings(abstract, run.mesh)
         if config.init_from and not checkpoint.has_checkpoint(workdir):
             params, report = initial_params(config.init_from, run.model, init_key)
             logger.info("%s", report)
@@ -101,13 +103,12 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
         clock = stack.enter_context(contextlib.closing(Goodput()))
         asked_to_end = stack.enter_context(interruption.watch())
         session = Session(workdir, saved, clock, asked_to_end)
-        skipped: list[int] = []
-        while True:
-            try:
-                done = train_from_newest(run, init_key, train_key, params, skipped, session)
-                break
-            except NonFiniteLossError as error:
-                skipped = skip_or_stop(run, error, session)
+
+        def begin() -> TrainState:
+            return jax.jit(run.initial_state, out_shardings=shardings)(init_key, params)
+
+        target = checkpoint.abstract_state(abstract, shardings)
+        done = train_past_bad_batches(run, begin, target, train_key, session)
         with clock.of(goodput.SAVE):
             checkpoint.finish(saved)
         if done < run.total_steps:
@@ -115,7 +116,34 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
         logger.info("finished: %s", summary(run, workdir, saved.best_step()))
 
 
-def skip_or_stop(run: Run, error: NonFiniteLossError, session: Session) -> list[int]:
+def train_past_bad_batches(
+    run: Run,
+    begin: Callable[[], TrainState],
+    target: TrainState,
+    key: jax.Array,
+    session: Session,
+) -> int:
+    """Trains from the newest checkpoint, or from the beginning where there is none.
+
+    After a loss that is not finite it does so again, without that loss's batch.
+
+    Returns:
+        The number of steps that are done.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    skipped: list[int] = []
+    while True:
+        position = newest_position(run, target, session) or first_position(run, begin())
+        position.skipped = sorted({*position.skipped, *skipped})
+        try:
+            return train_loop(run, position, shardings, key, session)
+        except NonFiniteLossError as error:
+            skipped = skip_or_stop(run, error, position.skipped, session)
+
+
+def skip_or_stop(
+    run: Run, error: NonFiniteLossError, skipped: list[int], session: Session
+) -> list[int]:
     """Returns the batches to leave out from the last checkpoint on, the bad one among them.
 
     Raises:
@@ -124,55 +152,39 @@ def skip_or_stop(run: Run, error: NonFiniteLossError, session: Session) -> list[
     checkpoint.finish(session.saved)
     latest = session.saved.latest_step()
     good = "the beginning" if latest is None else f"checkpoint {latest}, the last good one"
-    if len(error.skipped) >= run.config.skip_bad_batches:
+    if len(skipped) >= run.config.skip_bad_batches:
         raise UserError(
             f"{error}; the same command resumes from {good}. Try a lower "
             "config.schedule.learning_rate, config.optimizer.clip_norm, or config.skip_bad_batches"
         )
-    batch = batch_number(error.step - 1, error.skipped)
+    batch = batch_number(error.step - 1, skipped)
     logger.warning("%s: going back to %s, and leaving out batch %d", error, good, batch)
-    return [*error.skipped, batch]
+    return [*skipped, batch]
 
 
-def train_from_newest(
-    run: Run,
-    init_key: jax.Array,
-    train_key: jax.Array,
-    params: Any,
-    skipped: list[int],
-    session: Session,
-) -> int:
-    """Trains from the newest checkpoint, or from the beginning where there is none.
-
-    Returns:
-        The number of steps that are done.
+def newest_position(run: Run, target: TrainState, session: Session) -> Position | None:
+    """Returns where the newest whole checkpoint stands, None without any.
 
     Raises:
-        NonFiniteLossError: with the batches that had been left out.
+        UserError: when it is another run's, or none is whole.
     """
-    abstract = jax.eval_shape(run.initial_state, init_key)
-    shardings = state_shardings(abstract, run.mesh)
-    target = checkpoint.abstract_state(abstract, shardings)
     checkpoint.check_model(session.saved, weights_info(run, None))
     found = checkpoint.restore_newest(session.saved, target)
-    if found:
-        state, data = found
-        position = Position(state, Losses(**data["losses"]), data["skipped"])
-        run.batches.restore(data["batches"])
-        logger.info("resumed at step %d of %d", int(state.step), run.total_steps)
-        if data["world"] != world():
-            logger.info("it was saved by %s; now there are %s", data["world"], world())
-    else:
-        state = jax.jit(run.initial_state, out_shardings=shardings)(init_key, params)
-        position = Position(state, Losses(), [])
-        run.batches.restore(run.batches.state() | {"step": 0})
-        logger.info("%s", parameter_overview.get_parameter_overview(state.params))
-    position.skipped = position.skipped + [x for x in skipped if x not in position.skipped]
-    try:
-        return train_loop(run, position, shardings, train_key, session)
-    except NonFiniteLossError as error:
-        error.skipped = position.skipped
-        raise
+    if not found:
+        return None
+    state, data = found
+    run.batches.restore(data["batches"])
+    logger.info("resumed at step %d of %d", int(state.step), run.total_steps)
+    if data.get("world") != world():
+        logger.info("it was saved by %s; now there are %s", data.get("world"), world())
+    return Position(state, Losses(**data["losses"]), data.get("skipped", []))
+
+
+def first_position(run: Run, state: TrainState) -> Position:
+    """Returns where a run stands before its first step."""
+    run.batches.restore(run.batches.state() | {"step": 0})
+    logger.info("%s", parameter_overview.get_parameter_overview(state.params))
+    return Position(state, Losses(), [])
 
 
 def train_loop(

@@ -14,15 +14,13 @@ class NonFiniteLossError(UserError):
     def __init__(self, step: int, loss: float):
         super().__init__(f"the loss of step {step} is {loss}")
         self.step = step
-        self.skipped: list[int] = []
 
 
 class Losses:
     """Sums the losses of steps since the last `mean`; a run continues from its `state`."""
 
-    def __init__(self, total: float = 0.0, count: int = 0):
-        self.total, self.count = total, count
-        self.last = math.nan
+    def __init__(self, total: float = 0.0, count: int = 0, last: float = math.nan):
+        self.total, self.count, self.last = total, count, last
         self._pending: tuple[int, jax.Array] | None = None
 
     def push(self, step: int, loss: jax.Array) -> None:
@@ -58,4 +56,4 @@ class Losses:
     def state(self) -> dict[str, Any]:
         """Returns what a resumed run gives to the constructor, as JSON keeps it."""
         self.flush()
-        return {"total": self.total, "count": self.count}
+        return {"total": self.total, "count": self.count, "last": self.last}
