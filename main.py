@@ -36,6 +36,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is no flag: expected --flag=value")
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # What Orbax cannot do is told in a sentence; its threads each log a traceback before.
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("mambaout_jax")

@@ -101,9 +101,9 @@ def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
 def cause(error: BaseException) -> str:
     """Returns the part of an error's message that tells a person what happened."""
     text = str(error)
-    system = re.search(r"\[Errno \d+\] ([^:\]]+)|\[OS error \d+: \w+ ([^\]]+)\]", text)
+    system = re.search(r"\[Errno \d+\] ([^:\n]+)|([^:\"]+) \[os_error_code=", text)
     if system:
-        return system[1] or system[2]
+        return (system[1] or system[2]).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"
 
 

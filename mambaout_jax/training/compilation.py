@@ -15,5 +15,5 @@ def use_compilation_cache(config: ConfigDict) -> None:
     folder = config.compilation_cache
     if folder == "auto":
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(home / "mambaout_jax" / "xla"))
+        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(home / "mambaout_jax" / "xla")
     jax.config.update("jax_compilation_cache_dir", folder or None)

@@ -37,8 +37,13 @@ def hold_workdir(workdir: epath.Path, config: ConfigDict) -> Iterator[None]:
     try:
         with all_or_none():
             if primary:
-                new = configuration.check_workdir(workdir, config)
+                try:
+                    configuration.check_workdir(workdir, config)
+                except ImportError as error:  # of what reads buckets
+                    raise UserError(f"cannot use {workdir}: {error}") from None
                 lock = lock_workdir(workdir)
+                # Another command may have begun and ended a run here since.
+                new = configuration.check_workdir(workdir, config)
                 configuration.write_config(workdir, config)
         with all_or_none():
             if not (workdir / "config.json").exists():
@@ -48,8 +53,9 @@ def hold_workdir(workdir: epath.Path, config: ConfigDict) -> Iterator[None]:
                 )
         yield
     except UserError:
-        if new and primary and not (workdir / "metrics.csv").exists():
-            workdir.rmtree(missing_ok=True)  # nothing in it is worth keeping yet
+        worth = ("metrics.csv", "checkpoints/[0-9]*")
+        if new and not any(path for pattern in worth for path in workdir.glob(pattern)):
+            workdir.rmtree(missing_ok=True)
         raise
     finally:
         if lock:
