@@ -233,7 +233,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_loss():
     recipe = Recipe(num_classes=2, mean=(0.0,) * 3, std=(1.0,) * 3)
     inputs = {"image": jnp.zeros((1, 4, 4, 3)), "target": jnp.array([[0.0, 1.0]])}
     for weight, finite in ((1.0, True), (0.0, False)):
-        state = init_state({"w": jnp.array([weight])}, optimizer, ema=False)
+        state = init_state({"w": jnp.array(weight)}, optimizer, ema=False)
         parts = {"model": Root(), "optimizer": optimizer, "recipe": recipe}
         _, metrics = update_step(state, inputs, jax.random.key(0), **parts)
         assert np.isfinite(metrics["loss"]) == finite
