@@ -20,6 +20,7 @@ from mambaout_jax.training.schedule import make_schedule, schedule_steps
 from mambaout_jax.training.sharding import check_batch, make_mesh
 from mambaout_jax.training.state import TrainState, init_params, init_state
 from mambaout_jax.training.step import Recipe
+from mambaout_jax.weights.store import WeightsInfo
 
 
 def build_model(config: ConfigDict) -> MambaOut:
@@ -131,4 +132,17 @@ def build_run(config: ConfigDict) -> Run:
         optimizer=make_optimizer(config, schedule),
         recipe=build_recipe(config, batches.steps_per_epoch),
         total_steps=total_steps,
+    )
+
+
+def weights_info(run: Run, results: dict[str, float] | None) -> WeightsInfo:
+    """Returns what a checkpoint says of its weights."""
+    return WeightsInfo(
+        model=run.config.model.name,
+        num_classes=run.config.data.num_classes,
+        preprocessing=build_preprocessing(run.config),
+        class_names=tuple(run.batches.class_names),
+        source="mambaout_jax",
+        averaged=run.config.optimizer.ema_decay > 0,
+        metrics=results or {},
     )

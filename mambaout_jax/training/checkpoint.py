@@ -56,8 +56,10 @@ def open_checkpoints(workdir: epath.Path, keep: int) -> Iterator[ocp.CheckpointM
     try:
         yield manager
     except BaseException:
-        with contextlib.suppress(Exception):  # of a save that failed: what is raised tells of it
-            manager.close()
+        # Of several processes the others may be gone, and the end of a save would wait for them.
+        if jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # of a save that failed, as what is raised says
+                manager.close()
         raise
     manager.close()
 

@@ -1,45 +1,40 @@
 """The training loop: joins data, model, step, evaluation and checkpoints; nothing else does."""
 
-import collections
 import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from clu import parameter_overview
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
 from mambaout_jax.errors import PreemptedError, UserError
 from mambaout_jax.evaluation import evaluate
 from mambaout_jax.training import checkpoint, goodput, interruption
-from mambaout_jax.training.build import Run, build_preprocessing, build_run
+from mambaout_jax.training.build import Run, build_run, weights_info
 from mambaout_jax.training.goodput import Goodput
 from mambaout_jax.training.losses import Losses, NonFiniteLossError
 from mambaout_jax.training.processes import all_or_none, check_alike
 from mambaout_jax.training.profiler import Profiler
 from mambaout_jax.training.progress import Progress
 from mambaout_jax.training.recorder import Recorder, read_rows
-from mambaout_jax.training.sharding import global_batch, state_shardings
+from mambaout_jax.training.sharding import on_device, state_shardings
 from mambaout_jax.training.skipping import batch_number, skipping
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.training.step import compile_eval_step, compile_train_step
 from mambaout_jax.training.workdir import hold_workdir
 from mambaout_jax.weights.finetune import initial_params
-from mambaout_jax.weights.store import WeightsInfo
 
 logger = logging.getLogger(__name__)
 
 # Roles of the root key, which is the seed's.
 INIT_KEY, TRAIN_KEY = 0, 1
-DEVICE_PREFETCH = 2  # batches that are on the device before their step
 
 
 @dataclasses.dataclass
@@ -261,30 +256,6 @@ def train_loop(
 def world() -> str:
     """Returns how many devices and processes there are, in words."""
     return f"{jax.device_count()} devices in {jax.process_count()} processes"
-
-
-def on_device(
-    batches: Iterator[dict[str, np.ndarray]], mesh: Mesh
-) -> Iterator[dict[str, jax.Array]]:
-    """Yields global batches; the transfer of the next ones is already under way."""
-    queue: collections.deque[dict[str, jax.Array]] = collections.deque()
-    for batch in batches:
-        queue.append(global_batch({key: batch[key] for key in ("image", "label")}, mesh))
-        if len(queue) == DEVICE_PREFETCH:
-            yield queue.popleft()
-
-
-def weights_info(run: Run, results: dict[str, float] | None) -> WeightsInfo:
-    """Returns what a checkpoint says of its weights."""
-    return WeightsInfo(
-        model=run.config.model.name,
-        num_classes=run.config.data.num_classes,
-        preprocessing=build_preprocessing(run.config),
-        class_names=tuple(run.batches.class_names),
-        source="mambaout_jax",
-        averaged=run.config.optimizer.ema_decay > 0,
-        metrics=results or {},
-    )
 
 
 def summary(run: Run, workdir: epath.Path, best_step: int | None) -> str:
