@@ -15,7 +15,20 @@ from ml_collections import ConfigDict
 from mambaout_jax.errors import UserError
 
 # What a resumed run may change: where and how fast it runs, not what it computes.
-FREE_KEYS = ("data.dir", "data.workers", "data.threads", "eval.batch_size", "checkpoint", "log")
+FREE_KEYS = (
+    "data.dir",
+    "data.workers",
+    "data.threads",
+    "eval.batch_size",
+    "checkpoint",
+    "log",
+    "skip_bad_batches",
+    "compilation_cache",
+    "profile",
+    "mesh",
+)
+# What the hosts of a run may have each their own of.
+HOST_KEYS = ("data.dir", "data.workers", "data.threads", "compilation_cache", "profile")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
@@ -32,8 +45,9 @@ DURATIONS = (
     "eval.every",
     "checkpoint.every",
     "log.every",
+    "profile",
 )
-OPTIONAL_DURATIONS = ("augment.mixup_off", "schedule.warmup", "schedule.cooldown")
+OPTIONAL_DURATIONS = ("augment.mixup_off", "schedule.warmup", "schedule.cooldown", "profile")
 POSITIVE = ("batch_size", "accumulate_steps", "eval.batch_size", "checkpoint.keep")
 
 
@@ -50,6 +64,12 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
         return flat
 
     return walk(json.loads(config.to_json()), "")
+
+
+def shared(config: ConfigDict) -> dict[str, Any]:
+    """Returns the keys that all hosts of a run must have alike, as `flatten` does."""
+    flat = flatten(config)
+    return {key: flat[key] for key in flat if not key.startswith(HOST_KEYS)}
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -153,14 +173,14 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
-    """Writes the configuration into the workdir, or checks that it holds the same run.
+def check_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
+    """Checks that the workdir is free, or holds this run; writes nothing.
 
     Returns:
         Whether the workdir is new.
 
     Raises:
-        UserError: when the workdir holds a run of another configuration, or cannot be written.
+        UserError: when the workdir holds a run of another configuration, or other files.
     """
     path = workdir / "config.json"
     if path.exists():
@@ -176,10 +196,23 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
                 "choose another --workdir, or the configuration that it was started with"
             )
         return False
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    # A command that was killed at its very beginning leaves these.
+    begun = {"lock", "config.part"}
+    if workdir.exists() and (
+        not workdir.is_dir() or {path.name for path in workdir.iterdir()} - begun
+    ):
         raise UserError(f"{workdir} holds other files and no run: choose an empty --workdir")
-    write_json(path, flatten(config))
     return True
+
+
+def write_config(workdir: epath.Path, config: ConfigDict) -> None:
+    """Makes the workdir this run's, where it is no run's yet.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    if not (workdir / "config.json").exists():
+        write_json(workdir / "config.json", flatten(config))
 
 
 def write_json(path: epath.Path, report: dict[str, Any]) -> None:

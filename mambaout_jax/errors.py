@@ -1,4 +1,4 @@
-"""The one error that a user causes and can mend."""
+"""What a run or a command may end with, beside its result."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message names the thing, says what was expected and how to mend it.
     """
+
+
+class PreemptedError(Exception):
+    """The machine asked the run to end: it is saved, and the same command resumes it."""

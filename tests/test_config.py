@@ -94,17 +94,23 @@ def test_bad_values(key, value, message):
 
 def test_a_workdir_keeps_to_its_run(tmp_path):
     config = default.get_config()
-    configuration.claim_workdir(tmp_path / "run", config)
+    assert configuration.check_workdir(tmp_path / "run", config)
+    configuration.write_config(tmp_path / "run", config)
     config.log.every = "3 steps"
     config.data.workers = 2
-    configuration.claim_workdir(tmp_path / "run", config)
+    assert not configuration.check_workdir(tmp_path / "run", config)
     config.schedule.learning_rate = 0.5
     with pytest.raises(UserError, match=r"learning_rate is 0.004 there and 0.5 here"):
-        configuration.claim_workdir(tmp_path / "run", config)
+        configuration.check_workdir(tmp_path / "run", config)
 
 
 def test_a_folder_of_other_files_is_no_workdir(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="other files and no run"):
-        configuration.claim_workdir(tmp_path, default.get_config())
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+        configuration.check_workdir(tmp_path, default.get_config())
+
+
+def test_a_command_killed_at_its_beginning_leaves_a_workdir_that_is_free(tmp_path):
+    (tmp_path / "lock").write_text("")
+    (tmp_path / "config.part").write_text('{"se')
+    assert configuration.check_workdir(tmp_path, default.get_config())

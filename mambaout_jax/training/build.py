@@ -1,12 +1,26 @@
-"""What a configuration stands for: the model, the recipe of a step, the evaluation's pixels."""
+"""What a configuration stands for: the model, the data, the recipe of a step, the whole run."""
 
+import dataclasses
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mambaout_jax import config as configuration
 from mambaout_jax.config import duration_steps
+from mambaout_jax.data.pipeline import EvalBatches, TrainBatches
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
+from mambaout_jax.training.optimizer import make_optimizer
+from mambaout_jax.training.schedule import make_schedule, schedule_steps
+from mambaout_jax.training.sharding import check_batch, make_mesh
+from mambaout_jax.training.state import TrainState, init_params, init_state
 from mambaout_jax.training.step import Recipe
+from mambaout_jax.weights.store import WeightsInfo
 
 
 def build_model(config: ConfigDict) -> MambaOut:
@@ -56,4 +70,79 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         ),
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.optimizer.ema_decay,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that a run is made of, before it has a state or a workdir."""
+
+    config: ConfigDict
+    mesh: Mesh
+    batches: TrainBatches
+    eval_batches: EvalBatches
+    model: MambaOut
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    recipe: Recipe
+    total_steps: int
+
+    def every(self, duration: str) -> int:
+        """Turns a duration of the configuration into steps."""
+        return duration_steps(
+            duration,
+            steps_per_epoch=self.batches.steps_per_epoch,
+            batch_size=self.config.batch_size,
+        )
+
+    def initial_state(self, key: jax.Array, params: Any = None) -> TrainState:
+        """Returns the state before the first step, with new parameters or these. Traceable."""
+        if params is None:
+            params = init_params(key, self.model, self.config.data.image_size)
+        return init_state(params, self.optimizer, ema=self.config.optimizer.ema_decay > 0)
+
+
+def build_run(config: ConfigDict) -> Run:
+    """Builds a run from its configuration; writes nothing.
+
+    Raises:
+        UserError: names what is amiss in the configuration, the data or the devices.
+    """
+    configuration.check(config)
+    mesh = make_mesh(config.mesh.fsdp)
+    check_batch(config.batch_size, config.accumulate_steps, mesh, "batch_size")
+    check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
+    model = build_model(config)
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = TrainBatches(config, **process)
+    if not batches.steps_per_epoch:
+        raise UserError(
+            f"config.batch_size {config.batch_size} is more than the "
+            f"{batches.num_examples} training examples: choose a smaller one"
+        )
+    schedule = make_schedule(config, batches.steps_per_epoch)
+    _, _, total_steps = schedule_steps(config, batches.steps_per_epoch)
+    return Run(
+        config=config,
+        mesh=mesh,
+        batches=batches,
+        eval_batches=EvalBatches(config, **process),
+        model=model,
+        schedule=schedule,
+        optimizer=make_optimizer(config, schedule),
+        recipe=build_recipe(config, batches.steps_per_epoch),
+        total_steps=total_steps,
+    )
+
+
+def weights_info(run: Run, results: dict[str, float] | None) -> WeightsInfo:
+    """Returns what a checkpoint says of its weights."""
+    return WeightsInfo(
+        model=run.config.model.name,
+        num_classes=run.config.data.num_classes,
+        preprocessing=build_preprocessing(run.config),
+        class_names=tuple(run.batches.class_names),
+        source="mambaout_jax",
+        averaged=run.config.optimizer.ema_decay > 0,
+        metrics=results or {},
     )

@@ -1,104 +1,69 @@
 """The training loop: joins data, model, step, evaluation and checkpoints; nothing else does."""
 
-import collections
+import contextlib
 import dataclasses
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-import optax
+import orbax.checkpoint as ocp
 from clu import parameter_overview
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
-from mambaout_jax.data.pipeline import EvalBatches, TrainBatches
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import PreemptedError, UserError
 from mambaout_jax.evaluation import evaluate
-from mambaout_jax.models.mambaout import MambaOut
-from mambaout_jax.training import checkpoint
-from mambaout_jax.training.build import build_model, build_preprocessing, build_recipe
-from mambaout_jax.training.losses import Losses
-from mambaout_jax.training.optimizer import make_optimizer
+from mambaout_jax.training import checkpoint, goodput, interruption
+from mambaout_jax.training.build import Run, build_run, weights_info
+from mambaout_jax.training.goodput import Goodput
+from mambaout_jax.training.losses import Losses, NonFiniteLossError
+from mambaout_jax.training.processes import all_or_none, check_alike
+from mambaout_jax.training.profiler import Profiler
 from mambaout_jax.training.progress import Progress
 from mambaout_jax.training.recorder import Recorder, read_rows
-from mambaout_jax.training.schedule import make_schedule, schedule_steps
-from mambaout_jax.training.sharding import check_batch, global_batch, make_mesh, state_shardings
-from mambaout_jax.training.state import TrainState, init_params, init_state
-from mambaout_jax.training.step import Recipe, compile_eval_step, compile_train_step
+from mambaout_jax.training.sharding import on_device, state_shardings
+from mambaout_jax.training.skipping import batch_number, skipping
+from mambaout_jax.training.state import TrainState
+from mambaout_jax.training.step import compile_eval_step, compile_train_step
+from mambaout_jax.training.workdir import hold_workdir
 from mambaout_jax.weights.finetune import initial_params
-from mambaout_jax.weights.store import WeightsInfo
 
 logger = logging.getLogger(__name__)
 
 # Roles of the root key, which is the seed's.
 INIT_KEY, TRAIN_KEY = 0, 1
-DEVICE_PREFETCH = 2  # batches that are on the device before their step
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands: all that its next steps follow from."""
+
+    state: TrainState
+    losses: Losses
+    skipped: list[int]  # numbers of the batches that were left out
+
+    def data(self, run: Run) -> dict[str, Any]:
+        """Returns what a checkpoint keeps of it beside the state, as JSON keeps it."""
+        next_batch = batch_number(int(self.state.step), self.skipped)
+        return {
+            "batches": run.batches.state() | {"step": next_batch},
+            "losses": self.losses.state(),
+            "skipped": self.skipped,
+            "world": world(),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """All that a run is made of, before it has a state or a workdir."""
+class Session:
+    """What one command works with, from its start to its end."""
 
-    config: ConfigDict
-    mesh: Mesh
-    batches: TrainBatches
-    eval_batches: EvalBatches
-    model: MambaOut
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
-    recipe: Recipe
-    total_steps: int
-
-    def every(self, duration: str) -> int:
-        """Turns a duration of the configuration into steps."""
-        return configuration.duration_steps(
-            duration,
-            steps_per_epoch=self.batches.steps_per_epoch,
-            batch_size=self.config.batch_size,
-        )
-
-    def initial_state(self, key: jax.Array, params: Any = None) -> TrainState:
-        """Returns the state before the first step, with new parameters or these. Traceable."""
-        if params is None:
-            params = init_params(key, self.model, self.config.data.image_size)
-        return init_state(params, self.optimizer, ema=self.config.optimizer.ema_decay > 0)
-
-
-def build_run(config: ConfigDict) -> Run:
-    """Builds a run from its configuration; writes nothing.
-
-    Raises:
-        UserError: names what is amiss in the configuration, the data or the devices.
-    """
-    configuration.check(config)
-    mesh = make_mesh(config.mesh.fsdp)
-    check_batch(config.batch_size, config.accumulate_steps, mesh, "batch_size")
-    check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
-    model = build_model(config)
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = TrainBatches(config, **process)
-    if not batches.steps_per_epoch:
-        raise UserError(
-            f"config.batch_size {config.batch_size} is more than the "
-            f"{batches.num_examples} training examples: choose a smaller one"
-        )
-    schedule = make_schedule(config, batches.steps_per_epoch)
-    _, _, total_steps = schedule_steps(config, batches.steps_per_epoch)
-    return Run(
-        config=config,
-        mesh=mesh,
-        batches=batches,
-        eval_batches=EvalBatches(config, **process),
-        model=model,
-        schedule=schedule,
-        optimizer=make_optimizer(config, schedule),
-        recipe=build_recipe(config, batches.steps_per_epoch),
-        total_steps=total_steps,
-    )
+    workdir: epath.Path
+    saved: ocp.CheckpointManager
+    goodput: Goodput
+    asked_to_end: Callable[[int], bool]
 
 
 def train(config: ConfigDict, workdir: epath.Path) -> None:
@@ -106,124 +71,191 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
 
     Raises:
         UserError: when something of the user's is amiss; the workdir is then left as it was.
+        PreemptedError: when the machine asked for it; the run is saved.
     """
-    run = build_run(config)
+    check_alike(
+        configuration=json.dumps(configuration.shared(config), sort_keys=True), workdir=str(workdir)
+    )
+    workdir = epath.Path(workdir)
     root = jax.random.key(config.seed)
     init_key, train_key = (jax.random.fold_in(root, role) for role in (INIT_KEY, TRAIN_KEY))
-    abstract = jax.eval_shape(run.initial_state, init_key)
-    shardings = state_shardings(abstract, run.mesh)
     params = None
-    if config.init_from and not checkpoint.has_checkpoint(workdir):
-        params, report = initial_params(config.init_from, run.model, init_key)
-        logger.info("%s", report)
-    new = configuration.claim_workdir(workdir, config)
-    try:
-        with checkpoint.open_checkpoints(workdir, config.checkpoint.keep) as saved:
-            latest = saved.latest_step()
-            if latest is not None and latest >= run.total_steps:
-                logger.info("finished already: %s", summary(run, workdir, saved.best_step()))
-                return
-            losses = Losses()
-            if latest is None:
-                begin = jax.jit(run.initial_state, out_shardings=shardings)
-                state = begin(init_key, params)
-                logger.info("%s", parameter_overview.get_parameter_overview(state.params))
-            else:
-                target = checkpoint.abstract_state(abstract, shardings)
-                state, data = checkpoint.restore(saved, latest, target)
-                run.batches.restore(data["batches"])
-                losses = Losses(**data["losses"])
-                logger.info("resumed at step %d of %d", latest, run.total_steps)
-            train_loop(run, state, shardings, train_key, losses, workdir, saved)
-            saved.wait_until_finished()
-            logger.info("finished: %s", summary(run, workdir, saved.best_step()))
-    except UserError:
-        if new and not (workdir / "metrics.csv").exists() and jax.process_index() == 0:
-            workdir.rmtree(missing_ok=True)  # nothing in it is worth keeping yet
-        raise
-    finally:
-        run.batches.close()
+    with all_or_none():
+        run = build_run(config)
+        abstract = jax.eval_shape(run.initial_state, init_key)
+        shardings = state_shardings(abstract, run.mesh)
+        if config.init_from and not checkpoint.has_checkpoint(workdir):
+            params, report = initial_params(config.init_from, run.model, init_key)
+            logger.info("%s", report)
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.batches.close)
+        stack.enter_context(hold_workdir(workdir, config))
+        saved = stack.enter_context(checkpoint.open_checkpoints(workdir, config.checkpoint.keep))
+        latest = saved.latest_step()
+        if latest is not None and latest >= run.total_steps:
+            logger.info("finished already: %s", summary(run, workdir, saved.best_step()))
+            return
+        clock = stack.enter_context(contextlib.closing(Goodput()))
+        asked_to_end = stack.enter_context(interruption.watch())
+        session = Session(workdir, saved, clock, asked_to_end)
+
+        def begin() -> TrainState:
+            return jax.jit(run.initial_state, out_shardings=shardings)(init_key, params)
+
+        target = checkpoint.abstract_state(abstract, shardings)
+        done = train_past_bad_batches(run, begin, target, train_key, session)
+        with clock.of(goodput.SAVE):
+            checkpoint.finish(saved)
+        if done < run.total_steps:
+            raise PreemptedError(f"saved at step {done} of {run.total_steps}")
+        logger.info("finished: %s", summary(run, workdir, saved.best_step()))
+
+
+def train_past_bad_batches(
+    run: Run,
+    begin: Callable[[], TrainState],
+    target: TrainState,
+    key: jax.Array,
+    session: Session,
+) -> int:
+    """Trains from the newest checkpoint, or from the beginning where there is none.
+
+    After a loss that is not finite it does so again, without that loss's batch.
+
+    Returns:
+        The number of steps that are done.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    skipped: list[int] = []
+    while True:
+        position = newest_position(run, target, session) or first_position(run, begin())
+        position.skipped = sorted({*position.skipped, *skipped})
+        try:
+            return train_loop(run, position, shardings, key, session)
+        except NonFiniteLossError as error:
+            skipped = skip_or_stop(run, error, position.skipped, session)
+
+
+def skip_or_stop(
+    run: Run, error: NonFiniteLossError, skipped: list[int], session: Session
+) -> list[int]:
+    """Returns the batches to leave out from the last checkpoint on, the bad one among them.
+
+    Raises:
+        UserError: when no more may be left out.
+    """
+    checkpoint.finish(session.saved)
+    latest = session.saved.latest_step()
+    good = "the beginning" if latest is None else f"checkpoint {latest}, the last good one"
+    if len(skipped) >= run.config.skip_bad_batches:
+        raise UserError(
+            f"{error}; the same command resumes from {good}. Try a lower "
+            "config.schedule.learning_rate, config.optimizer.clip_norm, or config.skip_bad_batches"
+        )
+    batch = batch_number(error.step - 1, skipped)
+    logger.warning("%s: going back to %s, and leaving out batch %d", error, good, batch)
+    return [*skipped, batch]
+
+
+def newest_position(run: Run, target: TrainState, session: Session) -> Position | None:
+    """Returns where the newest whole checkpoint stands, None without any.
+
+    Raises:
+        UserError: when it is another run's, or none is whole.
+    """
+    checkpoint.check_model(session.saved, weights_info(run, None))
+    found = checkpoint.restore_newest(session.saved, target)
+    if not found:
+        return None
+    state, data = found
+    run.batches.restore(data["batches"])
+    logger.info("resumed at step %d of %d", int(state.step), run.total_steps)
+    if data.get("world") != world():
+        logger.info("it was saved by %s; now there are %s", data.get("world"), world())
+    return Position(state, Losses(**data["losses"]), data.get("skipped", []))
+
+
+def first_position(run: Run, state: TrainState) -> Position:
+    """Returns where a run stands before its first step."""
+    run.batches.restore(run.batches.state() | {"step": 0})
+    logger.info("%s", parameter_overview.get_parameter_overview(state.params))
+    return Position(state, Losses(), [])
 
 
 def train_loop(
-    run: Run,
-    state: TrainState,
-    shardings: TrainState,
-    key: jax.Array,
-    losses: Losses,
-    workdir: epath.Path,
-    saved: Any,
-) -> None:
-    """Runs the steps that are left, evaluating and saving when it is time."""
-    config, total = run.config, run.total_steps
+    run: Run, position: Position, shardings: TrainState, key: jax.Array, session: Session
+) -> int:
+    """Runs the steps that are left, evaluating and saving when it is time.
+
+    Returns:
+        The number of steps that are done: fewer than all, when the machine asked to end.
+    """
+    config, total, workdir, clock = run.config, run.total_steps, session.workdir, session.goodput
     train_step = compile_train_step(run.model, run.optimizer, run.recipe, shardings, run.mesh)
     eval_step = compile_eval_step(run.model, run.recipe, shardings.params, run.mesh)
-    start = int(state.step)
+    start, losses = int(position.state.step), position.losses
     primary = jax.process_index() == 0
-    recorder = Recorder(workdir, start, config.log.wandb_project, enabled=primary)
-    progress = Progress(total, start, config.batch_size, run.every(config.log.every), primary)
     eval_every, save_every = run.every(config.eval.every), run.every(config.checkpoint.every)
-    batches = on_device(run.batches, run.mesh)
-    for step in range(start + 1, total + 1):
-        with progress.waiting():
-            batch = next(batches)
-        rate = float(run.schedule(step - 1))
-        state, metrics = train_step(state, batch, key)
-        losses.push(step, metrics["loss"])
-        if shown := progress.update(step, losses.last, rate):
-            recorder.scalars(step, {"train/loss": losses.last, "learning_rate": rate, **shown})
-        results = None
-        if step % eval_every == 0 or step == total:
-            train_loss = losses.mean()
-            results = evaluate(eval_step, state.eval_params, run.eval_batches, run.mesh)
-            epoch = step / run.batches.steps_per_epoch
-            recorder.row(
-                {
-                    "step": step,
-                    "epoch": epoch,
-                    "learning_rate": rate,
-                    "train_loss": train_loss,
-                    "eval_loss": results["loss"],
-                    "top1": results["top1"],
-                    "top5": results["top5"],
-                }
-            )
-            progress.line(
-                f"epoch {epoch:g}/{total / run.batches.steps_per_epoch:g}: train loss "
-                f"{train_loss:.4f}, eval loss {results['loss']:.4f}, top-1 {results['top1']:.2f}%, "
-                f"top-5 {results['top5']:.2f}%, lr {rate:.2e}"
-            )
-        if step % save_every == 0 or step == total:
-            data = {"batches": run.batches.state() | {"step": step}, "losses": losses.state()}
-            checkpoint.save(saved, state, data, weights_info(run, results).to_json(), results)
-        if results:
-            progress.restart(step)
-    progress.close()
-    recorder.close()
+    numbered = skipping(run.batches, batch_number(start, position.skipped), position.skipped)
+    batches = on_device(numbered, run.mesh)
+    with contextlib.ExitStack() as stack:
+        recorder = Recorder(workdir, start, config.log.wandb_project, enabled=primary)
+        stack.callback(recorder.close)
+        every = run.every(config.log.every)
+        progress = Progress(total, start, config.batch_size, every, clock, primary)
+        stack.callback(progress.close)
+        profiler = Profiler(workdir / "tensorboard", start, run.every(config.profile))
+        stack.callback(profiler.close)
+        for step in range(start + 1, total + 1):
+            with clock.of(goodput.WAIT):
+                batch = next(batches)
+            rate = float(run.schedule(step - 1))
+            with profiler.step(step):
+                position.state, metrics = train_step(position.state, batch, key)
+            losses.push(step, metrics["loss"])
+            if shown := progress.update(step, losses.last, rate):
+                recorder.scalars(step, {"train/loss": losses.last, "learning_rate": rate, **shown})
+            results = None
+            if step % eval_every == 0 or step == total:
+                train_loss = losses.mean()
+                with clock.of(goodput.EVALUATE):
+                    params = position.state.eval_params
+                    results = evaluate(eval_step, params, run.eval_batches, run.mesh)
+                epoch = step / run.batches.steps_per_epoch
+                recorder.row(
+                    {
+                        "step": step,
+                        "epoch": epoch,
+                        "learning_rate": rate,
+                        "train_loss": train_loss,
+                        "eval_loss": results["loss"],
+                        "top1": results["top1"],
+                        "top5": results["top5"],
+                    }
+                )
+                progress.line(
+                    f"epoch {epoch:g}/{total / run.batches.steps_per_epoch:g}: train loss "
+                    f"{train_loss:.4f}, eval loss {results['loss']:.4f}, "
+                    f"top-1 {results['top1']:.2f}%, top-5 {results['top5']:.2f}%, lr {rate:.2e}"
+                )
+            ends = step < total and session.asked_to_end(step)
+            if step % save_every == 0 or step == total or ends:
+                with clock.of(goodput.SAVE):
+                    data, info = position.data(run), weights_info(run, results).to_json()
+                    recorder.flush()
+                    checkpoint.save(session.saved, position.state, data, info, results)
+            if results:
+                progress.line(clock.line())
+                recorder.scalars(step, {f"goodput/{k}": v for k, v in clock.shares().items()})
+                progress.restart(step)
+            if ends:
+                return step
+    return total
 
 
-def on_device(
-    batches: Iterator[dict[str, np.ndarray]], mesh: Mesh
-) -> Iterator[dict[str, jax.Array]]:
-    """Yields global batches; the transfer of the next ones is already under way."""
-    queue: collections.deque[dict[str, jax.Array]] = collections.deque()
-    for batch in batches:
-        queue.append(global_batch({key: batch[key] for key in ("image", "label")}, mesh))
-        if len(queue) == DEVICE_PREFETCH:
-            yield queue.popleft()
-
-
-def weights_info(run: Run, results: dict[str, float] | None) -> WeightsInfo:
-    """Returns what a checkpoint says of its weights."""
-    return WeightsInfo(
-        model=run.config.model.name,
-        num_classes=run.config.data.num_classes,
-        preprocessing=build_preprocessing(run.config),
-        class_names=tuple(run.batches.class_names),
-        source="mambaout_jax",
-        averaged=run.config.optimizer.ema_decay > 0,
-        metrics=results or {},
-    )
+def world() -> str:
+    """Returns how many devices and processes there are, in words."""
+    return f"{jax.device_count()} devices in {jax.process_count()} processes"
 
 
 def summary(run: Run, workdir: epath.Path, best_step: int | None) -> str:

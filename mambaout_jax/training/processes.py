@@ -1,10 +1,34 @@
-"""How the processes of a run, one a host, find each other."""
+"""How the processes of a run, one a host, find each other, agree, and end."""
 
+import contextlib
+import hashlib
+import importlib.metadata
+import logging
 import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
 
 from mambaout_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Exit codes: what is wrong stays so until someone mends it; or the same command resumes the run.
+FAILED, RESUME = 1, 75  # 75: EX_TEMPFAIL of sysexits.h
+# Seconds that a process waits for the others to start, and until one that is silent counts as dead.
+JOIN_SECONDS = 300
+HEARTBEAT_SECONDS = 60
+MESSAGE_BYTES = 2048
+# What errors of jax say that stem from another process's end.
+LOST = "gloo|connection|unavailable|heartbeat|coordination service|deadline_exceeded"
 
 
 def join_processes() -> None:
@@ -15,15 +39,25 @@ def join_processes() -> None:
     others, the process runs alone.
 
     Raises:
-        UserError: when the others are named, and cannot be joined.
+        UserError: when the others are named, and cannot be joined. Where they do not come within
+            JOIN_SECONDS, the process says so and ends.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    # jax ends a process whose others do not come by aborting it: this speaks before.
+    alarm = threading.Timer(JOIN_SECONDS, end, (alone(address), RESUME))
+    alarm.daemon = True
+    alarm.start()
+    timeouts: dict[str, Any] = {
+        "initialization_timeout": JOIN_SECONDS + 30,
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": HEARTBEAT_SECONDS,
+    }
     try:
         if address:
             count, index = (int(os.environ[f"JAX_{x}"]) for x in ("NUM_PROCESSES", "PROCESS_ID"))
-            jax.distributed.initialize(address, count, index)
+            jax.distributed.initialize(address, count, index, **timeouts)
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**timeouts)
     except KeyError as error:
         raise UserError(f"JAX_COORDINATOR_ADDRESS is set, and {error} is not: set both") from None
     except ValueError as error:
@@ -34,3 +68,114 @@ def join_processes() -> None:
             f"cannot join the other processes of the run: {str(error).splitlines()[0]}; start the "
             "same command on every host"
         ) from None
+    finally:
+        alarm.cancel()
+
+
+def alone(address: str | None) -> str:
+    """Returns what is said where the others do not come."""
+    at = f" at {address}" if address else ""
+    return (
+        f"the other processes of the run did not come{at} within {JOIN_SECONDS} s: start the same "
+        "command on every host"
+    )
+
+
+def end(message: str, code: int) -> NoReturn:
+    """Ends this process now, whatever its threads do."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def leave_after(error: Exception) -> None:
+    """Ends this process of several, saying why; one that runs alone goes on.
+
+    It does not wait for the others, as Python's own end would: they may never come. The first
+    process, with which all are connected, goes last: its end would end the others before they have
+    said why they go.
+    """
+    if jax.process_count() == 1:
+        return
+    if jax.process_index() == 0:
+        time.sleep(3)
+    if isinstance(error, UserError):
+        end(str(error), FAILED)
+    if re.search(LOST, str(error), re.IGNORECASE):
+        end(
+            f"another process of the run has ended or cannot be reached ({first_line(error)}); its "
+            "own log says why; the same command on every host resumes from the last checkpoint",
+            RESUME,
+        )
+    traceback.print_exception(error)
+    end(first_line(error), FAILED)
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or the error's name."""
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def gather(text: str) -> list[str]:
+    """Returns the text of each process, the first's first; all processes must call it."""
+    from jax.experimental import multihost_utils
+
+    padded = np.zeros(MESSAGE_BYTES, np.uint8)
+    encoded = text.encode()[:MESSAGE_BYTES]
+    padded[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    rows = multihost_utils.process_allgather(padded).reshape(-1, MESSAGE_BYTES)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """Makes a UserError of one process, raised inside, one of every process.
+
+    Raises:
+        UserError: this process's own, or else that of the first process that had one.
+    """
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    if jax.process_count() > 1:
+        messages = gather(str(failure or ""))
+        index = next((index for index, message in enumerate(messages) if message), None)
+        if index is not None and failure is None:
+            failure = UserError(f"process {index} of the run says: {messages[index]}")
+    if failure:
+        raise failure
+
+
+def check_alike(**things: str) -> None:
+    """Checks that the code, and these named things, are the same in all processes.
+
+    Raises:
+        UserError: names what differs, and where.
+    """
+    if jax.process_count() == 1:
+        return
+    things = {"code of mambaout_jax": code_digest(), "versions of jax": versions()} | things
+    for name, thing in things.items():
+        digests = gather(hashlib.sha256(thing.encode()).hexdigest())
+        differing = [str(index) for index, digest in enumerate(digests) if digest != digests[0]]
+        if differing:
+            raise UserError(
+                f"the hosts differ in the {name}: process {', '.join(differing)} from process 0; "
+                "install and start the same on every host"
+            )
+
+
+def code_digest() -> str:
+    """Returns a digest of the package's source files."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> str:
+    """Returns the versions of what computes and saves."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return " ".join(f"{name}=={importlib.metadata.version(name)}" for name in names)

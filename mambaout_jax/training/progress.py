@@ -1,12 +1,12 @@
 """The progress of a run: a bar on a terminal, plain lines in a log file."""
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 
 from tqdm import tqdm
+
+from mambaout_jax.training.goodput import WAIT, Goodput
 
 
 class Progress:
@@ -15,10 +15,18 @@ class Progress:
     On a terminal it is a bar. Elsewhere, every `every` steps, it is a line of the same content.
     """
 
-    def __init__(self, total: int, start: int, batch_size: int, every: int, enabled: bool = True):
+    def __init__(
+        self,
+        total: int,
+        start: int,
+        batch_size: int,
+        every: int,
+        clock: Goodput,
+        enabled: bool = True,
+    ):
         self.file = sys.stderr if enabled else open(os.devnull, "w")  # noqa: SIM115
         self.terminal = self.file.isatty()
-        self.total, self.batch_size, self.every = total, batch_size, every
+        self.total, self.batch_size, self.every, self.clock = total, batch_size, every, clock
         self.bar = tqdm(
             total=total,
             initial=start,
@@ -31,14 +39,8 @@ class Progress:
 
     def restart(self, step: int) -> None:
         """Starts the clock anew, after something that is not training."""
-        self.marked_step, self.marked_time, self.waited = step, time.perf_counter(), 0.0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as a wait for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
+        self.marked_step, self.marked_time = step, time.perf_counter()
+        self.marked_wait = self.clock.seconds[WAIT]
 
     def update(self, step: int, loss: float, learning_rate: float) -> dict[str, float] | None:
         """Counts a step; every `every` steps shows where the run is and returns the rates."""
@@ -47,7 +49,7 @@ class Progress:
             return None
         elapsed = max(time.perf_counter() - self.marked_time, 1e-9)
         rate = (step - self.marked_step) * self.batch_size / elapsed
-        wait = self.waited / elapsed
+        wait = (self.clock.seconds[WAIT] - self.marked_wait) / elapsed
         text = (
             f"loss {loss:.4f}, lr {learning_rate:.2e}, {rate:,.0f} images/s, data wait {wait:.0%}"
         )

@@ -1,11 +1,17 @@
 """What a run leaves to look at: metrics.csv, curves.png, TensorBoard events; wandb if asked."""
 
+import contextlib
 import csv
 import io
+import os
+import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+
+from mambaout_jax.errors import UserError
 
 COLUMNS = ("step", "epoch", "learning_rate", "train_loss", "eval_loss", "top1", "top5")
 
@@ -28,12 +34,10 @@ class Recorder:
         self.enabled, self.wandb = enabled, None
         if not enabled:
             return
-        from tensorboardX import SummaryWriter
-
         self.workdir = workdir
         self.path = workdir / "metrics.csv"
         self.rows = [row for row in read_rows(self.path) if row["step"] <= start_step]
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self.events = open_events(workdir / "tensorboard", start_step)
         if wandb_project:
             import wandb
 
@@ -44,8 +48,14 @@ class Recorder:
         """Writes scalars of a step, as events only."""
         if not self.enabled:
             return
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        # What is not a number, as the loss before the first is read, is left out.
+        scalars = [Summary.Value(tag=name, simple_value=x) for name, x in values.items() if x == x]
+        summary = Summary(value=scalars)
+        with writing(self.workdir):
+            self.events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         if self.wandb:
             self.wandb.log(values, step=step)
 
@@ -63,11 +73,18 @@ class Recorder:
         self.scalars(int(values["step"]), {names[key]: values[key] for key in names})
         draw_curves(self.rows, self.workdir / "curves.png")
 
+    def flush(self) -> None:
+        """Writes the events out: to be called before a checkpoint, which later rows follow."""
+        if self.enabled:
+            with writing(self.workdir):
+                self.events.flush()
+
     def close(self) -> None:
-        """Flushes the events."""
+        """Writes the events out, and ends them."""
         if not self.enabled:
             return
-        self.events.close()
+        with writing(self.workdir):
+            self.events.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -85,8 +102,37 @@ def read_rows(path: epath.Path) -> list[dict[str, Any]]:
 def replace(path: epath.Path, content: bytes) -> None:
     """Writes a file anew, whole or not at all."""
     part = path.with_suffix(".part")
-    part.write_bytes(content)
-    part.replace(path)
+    with writing(path):
+        part.write_bytes(content)
+        part.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path) -> Iterator[None]:
+    """Turns what writing failed of into a sentence.
+
+    Raises:
+        UserError: names what cannot be written, and why.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def open_events(folder: epath.Path, start_step: int) -> Any:
+    """Returns the writer of a new event file, which replaces what older ones say of later steps."""
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    # Written as they come, not by the thread of a SummaryWriter: where that fails, on a full disk,
+    # nobody learns of it, and the run waits for it forever.
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+        log = SessionLog(status=SessionLog.START)
+        events.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=log))
+    return events
 
 
 def draw_curves(rows: list[dict[str, Any]], path: epath.Path) -> None:

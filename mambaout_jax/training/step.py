@@ -97,7 +97,8 @@ def update_step(
     """Updates the state by a prepared batch: "image" float32 [N, H, W, 3], "target" [N, classes].
 
     Returns:
-        The state after the step, and the scalars "loss" and "grad_norm" (before clipping).
+        The state after the step, and the scalars "loss", NaN where the gradient is not finite,
+        and "grad_norm" (before clipping).
     """
 
     def loss_fn(params: Any, part: Batch, key: jax.Array) -> jax.Array:
@@ -111,7 +112,11 @@ def update_step(
     if recipe.ema_decay:
         ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
     state = TrainState(state.step + 1, params, opt_state, ema_params)
-    return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    grad_norm = optax.tree.norm(grads)
+    return state, {
+        "loss": jnp.where(jnp.isfinite(grad_norm), loss, jnp.nan),
+        "grad_norm": grad_norm,
+    }
 
 
 def train_step(
