@@ -139,7 +139,9 @@ def _too_large(error: Exception, config: ConfigDict, topology: str, chips: int) 
         return error
     parts = config.accumulate_steps
     images = config.batch_size // chips // parts
-    enough = next((n for n in range(2, images + 1) if sizes[0] / n < 0.9 * sizes[1]), images)
+    enough = next(
+        (n for n in range(2, images) if images % n == 0 and sizes[0] / n < 0.9 * sizes[1]), images
+    )
     return UserError(
         f"{images} images a chip of {topology} need {sizes[0]:.2f} GiB of memory and there are "
         f"{sizes[1]:.2f}: try --config.accumulate_steps={parts * enough}, "
