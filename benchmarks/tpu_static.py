@@ -70,7 +70,7 @@ def main() -> None:
     try:
         config.batch_size = config.eval.batch_size = args.batch * count_chips(args.topology)
         with tempfile.TemporaryDirectory(prefix="tpu_static_") as dumps:
-            load_compiler(Path(dumps), "depthwise.*")
+            load_compiler(Path(dumps))
             plan = make_plan(config, args.topology, examples=1_281_167, dumps=Path(dumps))
     except UserError as error:
         sys.exit(f"error: {error}")

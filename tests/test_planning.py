@@ -71,7 +71,9 @@ def test_a_schedule_is_counted(tmp_path):
     assert count_cycles(SCHEDULE) == 4 + 5 * 6
     (tmp_path / "17-depthwise_convolution.5-66-final_bundles.txt").write_text(SCHEDULE)
     (tmp_path / "17-depthwise_convolution.5-65-schedule-analysis_final_bundles.txt").write_text("")
-    assert read_schedules(tmp_path) == {"depthwise_convolution.5": 34}
+    (tmp_path / "18-fusion.3-66-final_bundles.txt").write_text(SCHEDULE)
+    names = ("depthwise_convolution.4", "depthwise_convolution.5")
+    assert read_schedules(tmp_path, names) == {"depthwise_convolution.5": 34}
     with pytest.raises(ValueError, match="constant trips"):
         count_cycles(SCHEDULE.replace("%s2, 5", "%s2, %s9"))
 
@@ -104,7 +106,7 @@ def test_an_unknown_topology_names_the_known_ones():
 def test_a_missing_compiler_says_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mambaout_jax\[plan\]'"):
-        topology.load_compiler(tmp_path, "depthwise.*")
+        topology.load_compiler(tmp_path)
 
 
 PLAN = """
@@ -115,7 +117,7 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.planning.plan import describe, make_plan
 from mambaout_jax.planning.topology import load_compiler
 dumps = Path(sys.argv[1])
-load_compiler(dumps, "depthwise.*")
+load_compiler(dumps)
 config = quickstart.get_config()
 refused = []
 for change in ({"batch_size": 12}, {"mesh": {"fsdp": 3}}):

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     find_topology(_TOPOLOGY.value)
     with tempfile.TemporaryDirectory(prefix="plan_tpu_") as dumps:
-        load_compiler(Path(dumps), "depthwise.*")
+        load_compiler(Path(dumps))
         plan = make_plan(_CONFIG.value, _TOPOLOGY.value, _EXAMPLES.value, Path(dumps))
     print(f"{_CONFIG.value.model.name} on {_TOPOLOGY.value}")
     print(describe(plan))

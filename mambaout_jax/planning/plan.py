@@ -45,6 +45,7 @@ class Plan:
     kernels: dict[Kernel, int]  # counted cycles of a call
     lowering: float
     compilation: float
+    processor: float  # seconds of all threads, in the compilation
 
     @property
     def estimated(self) -> int:
@@ -101,12 +102,12 @@ def make_plan(config: ConfigDict, topology: str, examples: int, dumps: Path) -> 
         )
     started = time.perf_counter()
     lowered = lower_step(config, mesh, steps_per_epoch)
-    compiling = time.perf_counter()
+    compiling, processor = time.perf_counter(), time.process_time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _too_large(error, config, topology, mesh.size) from None
-    compiled_at = time.perf_counter()
+    compiled_at, processor = time.perf_counter(), time.process_time() - processor
     program, memory = read_program(str(compiled.as_text())), _memory(compiled)
     return Plan(
         generation=generation,
@@ -116,9 +117,10 @@ def make_plan(config: ConfigDict, topology: str, examples: int, dumps: Path) -> 
         total_steps=schedule_steps(config, steps_per_epoch)[2],
         memory=memory,
         program=program,
-        kernels=program.cycles_of_kernels(read_schedules(dumps)),
+        kernels=program.cycles_of_kernels(read_schedules(dumps, program.calls)),
         lowering=compiling - started,
         compilation=compiled_at - compiling,
+        processor=processor,
     )
 
 
@@ -174,7 +176,8 @@ def describe(plan: Plan) -> str:
         f"{plan.images / plan.step:,.0f} a chip, if input and host keep up",
         "whole run": f"{plan.total_steps:,} steps, {plan.total_steps * plan.step / 3600:.1f} hours "
         "without evaluation",
-        "compilation": f"{plan.compilation:.0f} s, {plan.lowering:.0f} s to lower",
+        "compilation": f"{plan.compilation:.0f} s ({plan.processor:.0f} s of processor), "
+        f"{plan.lowering:.0f} s to lower",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {line}" for name, line in lines.items())

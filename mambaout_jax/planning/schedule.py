@@ -1,6 +1,7 @@
 """Cycles of a Pallas call: XLA estimates none, so its final schedule is counted."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,11 @@ def count_cycles(bundles: str) -> int:
     return int(trips.sum())
 
 
-def read_schedules(dumps: Path) -> dict[str, int]:
-    """Returns the counted cycles of each call by its name, from what libtpu dumped."""
+def read_schedules(dumps: Path, names: Collection[str]) -> dict[str, int]:
+    """Returns the counted cycles of those of the named calls whose schedule libtpu dumped."""
     found = {}
     for path in dumps.glob("*final_bundles.txt"):
         name = re.match(r"\d+-(.+?)-\d+-final_bundles", path.name)
-        if name:
+        if name and name[1] in names:
             found[name[1]] = count_cycles(path.read_text(errors="replace"))
     return found

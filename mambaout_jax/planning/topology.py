@@ -66,8 +66,8 @@ def count_chips(name: str) -> int:
     return math.prod(map(int, find_topology(name)[1].split("x")))
 
 
-def load_compiler(dumps: Path, operations: str) -> None:
-    """Readies libtpu: the schedules of operations so named, a pattern, will lie in `dumps`.
+def load_compiler(dumps: Path) -> None:
+    """Readies libtpu, which is to write the schedules of what it compiles into `dumps`.
 
     To be called once, before any topology is asked for.
 
@@ -83,7 +83,6 @@ def load_compiler(dumps: Path, operations: str) -> None:
         os.environ.setdefault(key, value)
     flags = {
         "xla_jf_dump_to": dumps,
-        "xla_jf_dump_to_filter": operations,
         "xla_jf_dump_llo_text": "true",
         "xla_jf_dump_llo_pass_label_regex": "final_bundles",
     }
