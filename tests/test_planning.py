@@ -21,6 +21,10 @@ HloModule jit_train_step
   ROOT %sum = f32[]{:T(128)} add(%x, %y)
 }
 
+%body (state: (s32[], f32[64,10])) -> (s32[], f32[64,10]) {
+  %fusion.8 = f32[64,10]{1,0:T(8,128)} fusion(%state), kind=kLoop, calls=%g, backend_config={"estimated_cycles":"100"}
+}
+
 ENTRY %main (p: f32[64,10], q: f32[1024]) -> f32[] {
   %p.1 = f32[64,10]{1,0:T(8,128)} parameter(0)
   %q.1 = f32[1024]{0:T(1024)S(1)} parameter(1)
@@ -29,6 +33,7 @@ ENTRY %main (p: f32[64,10], q: f32[1024]) -> f32[] {
   %depthwise_convolution.5 = bf16[8,8,16,48]{3,2,1,0:T(8,128)(2,1)} custom-call(%a, %b), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[8,8,16,48]{3,2,1,0}, f32[49,48]{1,0}}
   %all-reduce.1 = (f32[64,10]{1,0:T(8,128)}, f32[1024]{0:T(1024)S(1)}) all-reduce(%fusion.7, %q.1), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
   %all-gather-start = (f32[1024]{0:T(1024)}, f32[8192]{0:T(1024)}) all-gather-start(%q.1), channel_id=2, dimensions={0}
+  %while.1 = (s32[], f32[64,10]) while(%tuple), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"4"}}
   ROOT %copy.1 = f32[]{:T(128)} copy(%c), backend_config={"estimated_cycles":"20"}
 }
 """  # noqa: E501
@@ -55,6 +60,7 @@ def test_a_module_is_read():
     assert program.operations == (
         Operation(3791, "fusion.7", "jit(train_step)/stages_0/blocks_0/fc2/dot_general"),
         Operation(20, "copy.1", ""),
+        Operation(400, "fusion.8", ""),
     )
     assert program.kernels == {kernel: 2}
     assert program.collectives == {
@@ -149,5 +155,5 @@ def test_a_step_compiles_for_a_slice(tmp_path):
     assert counted > 0
     assert estimated > 0
     assert 0 < peak < 2**30
-    assert collectives["all-reduce"][1] >= 4 * 437_000  # every gradient in float32
+    assert collectives["all-reduce"][1] > 700_000  # every gradient, in float32
     assert "images/s" in text

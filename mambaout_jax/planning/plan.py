@@ -65,7 +65,7 @@ class Plan:
     @property
     def step(self) -> float:
         """Seconds a step, no collective hidden behind computation, none waiting for input."""
-        cycles = (self.estimated + self.counted) * self.parts
+        cycles = self.estimated + self.counted
         transfer = 2 * self.collective_bytes / self.generation.links if self.chips > 1 else 0.0
         return cycles / self.generation.clock + transfer
 
@@ -168,7 +168,7 @@ def describe(plan: Plan) -> str:
         "collectives": f"{'; '.join(kinds) or 'none'}, a chip and step",
         "largest batch": f"{plan.largest} images a chip{' and part' if parts else ''}, "
         "if temporaries grow with the images (not compiled)",
-        "cycles": f"{cycles / 1e6:.1f} M a chip{' and part' if parts else ''}: XLA's estimate "
+        "cycles": f"{cycles / 1e6:.1f} M a chip: XLA's estimate "
         f"{plan.estimated / 1e6:.1f} M, counted in our kernels {plan.counted / 1e6:.1f} M",
         "step": f"{plan.step * 1e3:.1f} ms: the cycles at {generation.clock / 1e9} GHz, and the "
         f"collectives' bytes twice at {generation.links / 1e9:.0f} GB/s with nothing hidden",

@@ -42,7 +42,7 @@ def lower_step(config: ConfigDict, mesh: Mesh, steps_per_epoch: int) -> jax.stag
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation of XLA's own: the cycles that the compiler estimates, and where it is from."""
+    """An operation of XLA's own: the cycles estimated of it in a step, and where it is from."""
 
     cycles: int
     name: str
@@ -84,28 +84,52 @@ class Program:
 
 
 def read_program(text: str) -> Program:
-    """Reads a compiled module. Loops' bodies count once."""
-    operations, calls = [], {}
-    for line in text[text.index("\nENTRY") :].splitlines():
-        name = re.match(r"\s+(?:ROOT )?%([\w.-]+) = ", line)
-        if not name:
-            continue
-        if 'custom_call_target="tpu_custom_call"' in line:
-            operands = line[line.index("operand_layout_constraints") :]
-            dtype, sizes = _match(r"(bf16|f32)\[([\d,]+)\]", operands)
-            shape = tuple(int(size) for size in sizes.split(","))
-            calls[name[1]] = Kernel(re.sub(r"[.\d]+$", "", name[1]), shape, dtype)
-        elif cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
-            scope = re.search(r'op_name="([^"]*)"', line)
-            operations.append(Operation(int(cycles[1]), name[1], scope[1] if scope else ""))
-    kernels = collections.Counter(calls.values())
+    """Reads a compiled module. A loop's operations count for all its trips, where it tells them."""
+    operations, calls, kernels = [], {}, collections.Counter[Kernel]()
+    for computation, trips in _trips(text).items():
+        for line in _body(text, computation):
+            name = re.match(r"\s+(?:ROOT )?%([\w.-]+) = ", line)
+            if name and 'custom_call_target="tpu_custom_call"' in line:
+                operands = line[line.index("operand_layout_constraints") :]
+                dtype, sizes = _match(r"(bf16|f32)\[([\d,]+)\]", operands)
+                shape = tuple(int(size) for size in sizes.split(","))
+                kernel = Kernel(re.sub(r"[.\d]+$", "", name[1]), shape, dtype)
+                calls[name[1]] = kernel
+                kernels[kernel] += trips
+            elif name and (cycles := re.search(r'"estimated_cycles":"(\d+)"', line)):
+                scope = re.search(r'op_name="([^"]*)"', line)
+                scope_name = scope[1] if scope else ""
+                operations.append(Operation(int(cycles[1]) * trips, name[1], scope_name))
     return Program(tuple(operations), kernels, calls, _read_collectives(text))
 
 
+def _body(text: str, computation: str) -> list[str]:
+    found = re.search(
+        rf"^(?:ENTRY )?%?{re.escape(computation)} \(.*?^\}}", text, re.MULTILINE | re.DOTALL
+    )
+    return found[0].splitlines() if found else []
+
+
+def _trips(text: str) -> dict[str, int]:
+    """Returns how often the entry and each loop's body run."""
+    (entry,) = _match(r"^ENTRY %?([\w.-]+) \(", text)
+    trips, open_bodies = {entry: 1}, [entry]
+    while open_bodies:
+        computation = open_bodies.pop()
+        for line in _body(text, computation):
+            if body := re.search(r" while\(.*body=%?([\w.-]+)", line):
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                trips[body[1]] = trips[computation] * (int(known[1]) if known else 1)
+                open_bodies.append(body[1])
+    return trips
+
+
 def _match(pattern: str, text: str) -> tuple[Any, ...]:
-    found = re.search(pattern, text)
+    found = re.search(pattern, text, re.MULTILINE)
     if not found:
-        raise ValueError(f"libtpu writes modules otherwise than expected: no {pattern} in {text}")
+        raise ValueError(
+            f"libtpu writes modules otherwise than expected: no {pattern} in {text[:200]}"
+        )
     return found.groups()
 
 
