@@ -79,6 +79,7 @@ def load_compiler(dumps: Path) -> None:
             "libtpu, the TPU compiler, is not installed: pip install 'mambaout_jax[plan]'"
         )
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # what is not compiled is not dumped
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     flags = {
