@@ -33,7 +33,7 @@ ENTRY %main (p: f32[64,10], q: f32[1024]) -> f32[] {
   %depthwise_convolution.5 = bf16[8,8,16,48]{3,2,1,0:T(8,128)(2,1)} custom-call(%a, %b), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[8,8,16,48]{3,2,1,0}, f32[49,48]{1,0}}
   %all-reduce.1 = (f32[64,10]{1,0:T(8,128)}, f32[1024]{0:T(1024)S(1)}) all-reduce(%fusion.7, %q.1), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
   %all-gather-start = (f32[1024]{0:T(1024)}, f32[8192]{0:T(1024)}) all-gather-start(%q.1), channel_id=2, dimensions={0}
-  %while.1 = (s32[], f32[64,10]) while(%tuple), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  %while.1 = (s32[], f32[64,10]) while(%tuple), condition=%condition, body=%body, metadata={op_name="jit(train_step)/while" stack_frame_id=150}
   ROOT %copy.1 = f32[]{:T(128)} copy(%c), backend_config={"estimated_cycles":"20"}
 }
 """  # noqa: E501
@@ -55,7 +55,7 @@ SCHEDULE = """\
 
 
 def test_a_module_is_read():
-    program = read_program(MODULE)
+    program = read_program(MODULE, parts=4)
     kernel = Kernel("depthwise_convolution", (8, 8, 16, 48), "bf16")
     assert program.operations == (
         Operation(3791, "fusion.7", "jit(train_step)/stages_0/blocks_0/fc2/dot_general"),

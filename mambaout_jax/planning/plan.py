@@ -108,7 +108,8 @@ def make_plan(config: ConfigDict, topology: str, examples: int, dumps: Path) -> 
     except jax.errors.JaxRuntimeError as error:
         raise _too_large(error, config, topology, mesh.size) from None
     compiled_at, processor = time.perf_counter(), time.process_time() - processor
-    program, memory = read_program(str(compiled.as_text())), _memory(compiled)
+    program = read_program(str(compiled.as_text()), config.accumulate_steps)
+    memory = _memory(compiled)
     return Plan(
         generation=generation,
         chips=mesh.size,
