@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 extras = {
     "tpu": ["jax[tpu]"],
+    "plan": ["libtpu"],
     "cuda": ["jax[cuda13]"],
     "torch": ["torch>=2.6"],
     "verify": ["torch>=2.6", "timm>=1.0.14"],

@@ -21,6 +21,7 @@ RANKS = (
     ("training.step", "training.goodput", "training.profiler"),
     ("training.build", "training.checkpoint", "training.losses"),
     ("training.progress", "training.recorder"),
+    ("planning",),
     ("evaluation", "evidence", "ground_truth", "prediction", "export", "validation"),
     ("training.loop",),
     ("cli", "__main__", ""),

@@ -3,7 +3,7 @@
 import collections
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,18 +30,19 @@ DEVICE_PREFETCH = 2  # batches that are on the device before their step
 BATCH = P(("data", "fsdp"))
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """Returns the mesh of all devices: `fsdp` of them share a copy of the parameters.
+def make_mesh(fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns the mesh of these or all devices: `fsdp` of them share a copy of the parameters.
 
     Raises:
         UserError: when `fsdp` does not divide the devices.
     """
-    devices = jax.device_count()
-    if fsdp < 1 or devices % fsdp:
-        raise UserError(f"config.mesh.fsdp {fsdp} does not divide the {devices} devices")
+    count = jax.device_count() if devices is None else len(devices)
+    if fsdp < 1 or count % fsdp:
+        raise UserError(f"config.mesh.fsdp {fsdp} does not divide the {count} devices")
     return jax.make_mesh(
-        (devices // fsdp, fsdp),
+        (count // fsdp, fsdp),
         ("data", "fsdp"),
+        devices=devices,
         axis_types=(jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto),
     )
 

@@ -1,0 +1,1 @@
+"""What a training step costs on a slice of TPUs, from compiling it where there is none."""

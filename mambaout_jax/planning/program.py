@@ -1,0 +1,153 @@
+"""The training step as a compiled program: how it is lowered, what the compiler says of it."""
+
+import collections
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mambaout_jax.training.build import build_model, build_recipe
+from mambaout_jax.training.optimizer import make_optimizer
+from mambaout_jax.training.schedule import make_schedule
+from mambaout_jax.training.sharding import state_shardings
+from mambaout_jax.training.state import init_params, init_state
+from mambaout_jax.training.step import compile_train_step
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def lower_step(config: ConfigDict, mesh: Mesh, steps_per_epoch: int) -> jax.stages.Lowered:
+    """Lowers the training step of a configuration, over a mesh of any devices."""
+    network, recipe = build_model(config), build_recipe(config, steps_per_epoch)
+    optimizer = make_optimizer(config, make_schedule(config, steps_per_epoch))
+    size, ema = config.data.image_size, config.optimizer.ema_decay > 0
+    state = jax.eval_shape(
+        lambda key: init_state(init_params(key, network, size), optimizer, ema=ema),
+        jax.random.key(0),
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
+    }
+    step: Any = compile_train_step(network, optimizer, recipe, state_shardings(state, mesh), mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operation of XLA's own: the cycles estimated of it in a step, and where it is from."""
+
+    cycles: int
+    name: str
+    scope: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of ours: its name, and its first map's shape and type."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a compiled module's text tells, a device.
+
+    `kernels` counts the calls of each kernel; `calls` has the kernel of each call by its name;
+    `collectives` has the operations and their bytes, of the larger of operand and result, by kind.
+    """
+
+    operations: tuple[Operation, ...]
+    kernels: collections.Counter[Kernel]
+    calls: dict[str, Kernel]
+    collectives: dict[str, tuple[int, int]]
+
+    def cycles_of_kernels(self, cycles: dict[str, int]) -> dict[Kernel, int]:
+        """Returns the cycles of one call of each kernel, from those of some calls by their names.
+
+        Raises:
+            ValueError: when a kernel has none.
+        """
+        known = {self.calls[name]: count for name, count in cycles.items() if name in self.calls}
+        if missing := [kernel for kernel in self.kernels if kernel not in known]:
+            raise ValueError(f"libtpu dumped no schedule of {missing}")
+        return known
+
+
+def read_program(text: str, parts: int = 1) -> Program:
+    """Reads a compiled step. Its loop over `parts` of a batch counts so often, other loops once."""
+    operations, calls, kernels = [], {}, collections.Counter[Kernel]()
+    for computation, trips in _trips(text, parts).items():
+        for line in _body(text, computation):
+            name = re.match(r"\s+(?:ROOT )?%([\w.-]+) = ", line)
+            if name and 'custom_call_target="tpu_custom_call"' in line:
+                operands = line[line.index("operand_layout_constraints") :]
+                dtype, sizes = _match(r"(bf16|f32)\[([\d,]+)\]", operands)
+                shape = tuple(int(size) for size in sizes.split(","))
+                kernel = Kernel(re.sub(r"[.\d]+$", "", name[1]), shape, dtype)
+                calls[name[1]] = kernel
+                kernels[kernel] += trips
+            elif name and (cycles := re.search(r'"estimated_cycles":"(\d+)"', line)):
+                scope = re.search(r'op_name="([^"]*)"', line)
+                scope_name = scope[1] if scope else ""
+                operations.append(Operation(int(cycles[1]) * trips, name[1], scope_name))
+    return Program(tuple(operations), kernels, calls, _read_collectives(text))
+
+
+def _body(text: str, computation: str) -> list[str]:
+    found = re.search(
+        rf"^(?:ENTRY )?%?{re.escape(computation)} \(.*?^\}}", text, re.MULTILINE | re.DOTALL
+    )
+    return found[0].splitlines() if found else []
+
+
+def _trips(text: str, parts: int) -> dict[str, int]:
+    """Returns how often the entry and each loop's body run."""
+    (entry,) = _match(r"^ENTRY %?([\w.-]+) \(", text)
+    trips, open_bodies = {entry: 1}, [entry]
+    while open_bodies:
+        computation = open_bodies.pop()
+        for line in _body(text, computation):
+            if body := re.search(r" while\(.*body=%?([\w.-]+)", line):
+                # libtpu's text tells no trips; the other loops draw random numbers.
+                over_parts = 'op_name="jit(train_step)/while"' in line
+                trips[body[1]] = trips[computation] * (parts if over_parts else 1)
+                open_bodies.append(body[1])
+    return trips
+
+
+def _match(pattern: str, text: str) -> tuple[Any, ...]:
+    found = re.search(pattern, text, re.MULTILINE)
+    if not found:
+        raise ValueError(
+            f"libtpu writes modules otherwise than expected: no {pattern} in {text[:200]}"
+        )
+    return found.groups()
+
+
+def _read_collectives(text: str) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    shapes = dict(re.findall(r"^\s+(?:ROOT )?%([\w.-]+) = (.*?) [a-z][\w-]*\(", text, re.MULTILINE))
+    pattern = rf" = (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(([^)]*)\)"
+    for result, kind, start, operands in re.findall(pattern, text):
+        given = sum(_size(shapes.get(name, "")) for name in re.findall(r"%([\w.-]+)", operands))
+        taken = _size(result) - given if start and result.startswith("(") else _size(result)
+        count, size = found.get(kind, (0, 0))
+        found[kind] = count + 1, size + max(given, taken)
+    return found
+
+
+def _size(shape: str) -> int:
+    return sum(
+        _BYTES.get(dtype, 4) * math.prod(int(size) for size in sizes.split(",") if size)
+        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    )

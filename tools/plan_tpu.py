@@ -1,0 +1,53 @@
+"""Plans a run on TPUs without any: compiles its training step for a slice, on a CPU.
+
+    python tools/plan_tpu.py --config=configs/base.py --topology=v5e:16x16
+
+Prints a chip's memory, the collectives, the estimated time of a step and of the whole run. Keys
+are changed with --config.key=value. It takes libtpu: pip install 'mambaout_jax[plan]'.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from mambaout_jax.config import check_command_line
+from mambaout_jax.errors import UserError
+from mambaout_jax.planning.plan import describe, make_plan
+from mambaout_jax.planning.topology import find_topology, load_compiler
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "The slice: generation and shape.")
+_EXAMPLES = flags.DEFINE_integer("examples", 1_281_167, "Training examples of an epoch.")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line, after a check that explains what is wrong with it."""
+    if not {"--help", "-help", "--helpfull"} & set(argv):
+        check_command_line(argv)
+    return app.parse_flags_with_usage(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Plans what the command line asks for."""
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is no flag: expected --flag=value")
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    find_topology(_TOPOLOGY.value)
+    with tempfile.TemporaryDirectory(prefix="plan_tpu_") as dumps:
+        load_compiler(Path(dumps))
+        plan = make_plan(_CONFIG.value, _TOPOLOGY.value, _EXAMPLES.value, Path(dumps))
+    print(f"{_CONFIG.value.model.name} on {_TOPOLOGY.value}")
+    print(describe(plan))
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except UserError as error:
+        sys.exit(f"error: {error}")
