@@ -25,6 +25,7 @@ from mambaout_jax.data.preprocess import Preprocessing, preprocess_image
 from mambaout_jax.errors import UserError
 from mambaout_jax.labels import class_names
 from mambaout_jax.models.mambaout import MambaOut
+from mambaout_jax.ops.compiler import compiler_options
 from mambaout_jax.weights.load import read_weights
 from mambaout_jax.weights.store import WeightsInfo
 
@@ -119,7 +120,8 @@ class Predictor:
             values, places = jax.lax.top_k(chances, min(top, chosen.size))
             return values, chosen[places]
 
-        self._best = jax.jit(best, out_shardings=self._split)
+        options = compiler_options(mesh.devices.flat[0].platform)
+        self._best = jax.jit(best, out_shardings=self._split, compiler_options=options)
 
     @classmethod
     def load(
