@@ -6,8 +6,13 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# The tests spend their time compiling: code that is not optimised is there in half of it.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
 )
 # Programs that several tests, or the processes that tests start, have in common compile once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

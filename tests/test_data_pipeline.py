@@ -86,7 +86,7 @@ def test_evaluation_sees_each_picture_once(process_count):
         np.testing.assert_array_equal(np.bincount(labels), [36] * 10)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_worker_processes_change_nothing(workers):
     batches, held_out = TrainBatches(digits_config(workers=workers)), EvalBatches(digits_config())
     taken = take(batches, 2)

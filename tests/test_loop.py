@@ -50,7 +50,7 @@ def run_main(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "main.py", *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""} | environment,
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -140,7 +140,7 @@ def test_two_processes_of_one_device_equal_one_process_of_eight(finished, tmp_pa
             process = subprocess.Popen(
                 [sys.executable, *command, *keys],
                 cwd=ROOT,
-                env=os.environ | {"XLA_FLAGS": ""} | cluster,
+                env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | cluster,
                 stderr=log,
             )
         started.append(process)

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from mambaout_jax import config as configuration
 from mambaout_jax.training.loop import train
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 KEYS = (
     "--config=configs/quickstart.py",
@@ -51,7 +53,11 @@ class Launch:
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(index),
             }
-            environment = os.environ | {"XLA_FLAGS": ""} | (cluster if count > 1 else {})
+            environment = (
+                os.environ
+                | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+                | (cluster if count > 1 else {})
+            )
             own = (keys or {}).get(index, ())
             command = [sys.executable, *program, *KEYS, f"--workdir={folder / 'run'}", *own]
             log = folder / f"{len(list(folder.glob('*.log')))}.log"
