@@ -24,13 +24,12 @@ def get_config() -> ConfigDict:
     config.augment.hflip = 0.0  # a mirrored digit is another sign
     config.augment.policy = ""
     config.augment.random_erasing = 0.0
-    config.augment.mixup = 0.2
-    config.augment.mixup_prob = 0.5
+    config.augment.mixup_prob = 0.8
 
     config.batch_size = 64
     config.eval.batch_size = 128
     config.schedule.learning_rate = 2e-3
-    config.schedule.duration = "40 epochs"
+    config.schedule.duration = "60 epochs"
     config.schedule.warmup = "2 epochs"
     config.schedule.cooldown = ""
     config.schedule.per = "step"

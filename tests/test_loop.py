@@ -20,6 +20,7 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.evaluation import evaluate_weights
 from mambaout_jax.training.loop import train
 from mambaout_jax.training.losses import Losses
+from mambaout_jax.training.recorder import Recorder
 from mambaout_jax.weights.store import load_weights
 
 ROOT = Path(__file__).parents[1]
@@ -292,3 +293,9 @@ def test_main_answers_a_mistake_in_a_sentence(arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (ROOT / "x").exists()
+
+
+def test_wandb_that_is_not_installed_is_said_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"mambaout_jax\[wandb\]"):
+        Recorder(epath.Path(tmp_path), wandb_project="digits")

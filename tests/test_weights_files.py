@@ -149,6 +149,10 @@ def test_a_hub_name_for_a_file_brings_its_preprocessing(tmp_path, monkeypatch):
         ("mambaout_tiny.in2k", r"did you mean 'mambaout_tiny\.in1k'"),
         ("here/there/mambaout.bin", "there are no weights"),
         ("nothing", "there are no weights 'nothing': expected a directory, a file"),
+        (
+            "mambaout_femtoo",
+            "there are no weights .mambaout_femtoo.: did you mean .mambaout_femto.in1k.[?]",
+        ),
         ("absent.safetensors", "there is no file absent.safetensors"),
         ("absent.pth", "there is no file absent.pth"),
     ],

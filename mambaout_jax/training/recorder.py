@@ -39,7 +39,13 @@ class Recorder:
         self.rows = [row for row in read_rows(self.path) if row["step"] <= start_step]
         self.events = open_events(workdir / "tensorboard", start_step)
         if wandb_project:
-            import wandb
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError(
+                    "config.log.wandb_project asks for wandb, which is not installed: "
+                    "pip install 'mambaout_jax[wandb]', or leave the key empty"
+                ) from error
 
             run = uuid.uuid5(uuid.NAMESPACE_URL, str(workdir.resolve())).hex
             self.wandb = wandb.init(project=wandb_project, dir=workdir, id=run, resume="allow")

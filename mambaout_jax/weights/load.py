@@ -1,5 +1,6 @@
 """Weights from wherever they are: the hub, a PyTorch file, a checkpoint of ours."""
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,10 @@ def locate(name_or_path: epath.PathLike) -> tuple[Path, str | None]:
         hint = f"its weights are {', '.join(tags)}" if tags else "there are no weights of it"
         raise UserError(f"{name!r} names a network, not weights: {hint}")
     if "." not in name or name.count("/") > 1:
+        near = difflib.get_close_matches(name, PRETRAINED, 1)
+        hint = f" did you mean {near[0]!r}?" if near else ""
         raise UserError(
-            f"there are no weights {name!r}: expected a directory, a file that ends in "
+            f"there are no weights {name!r}:{hint} expected a directory, a file that ends in "
             f"{', '.join(SUFFIXES)}, or a name of the hub's such as {next(iter(PRETRAINED))}"
         )
     find_pretrained(name)
