@@ -48,7 +48,9 @@ class Recorder:
                 ) from error
 
             run = uuid.uuid5(uuid.NAMESPACE_URL, str(workdir.resolve())).hex
-            self.wandb = wandb.init(project=wandb_project, dir=workdir, id=run, resume="allow")
+            self.wandb = wandb.init(
+                project=wandb_project, dir=os.fspath(workdir), id=run, resume="allow"
+            )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes scalars of a step, as events only."""
