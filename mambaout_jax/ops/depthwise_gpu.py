@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mambaout_jax.ops import depthwise_pallas_gpu, depthwise_xla
-from mambaout_jax.ops.on_mesh import batch_axes, on_mesh
+from mambaout_jax.ops.on_mesh import batch_axes, on_mesh, sum_on_mesh
 
 # Up to this many pixels of width our filter gradient is the faster one; docs/performance.md.
 _NARROW = 14
@@ -32,14 +32,7 @@ def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
     """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
     if x.shape[2] > _NARROW:
         return depthwise_xla.filter_gradient(x, dy, kernel_size)
-    axes = batch_axes(x)
-    maps = PartitionSpec(axes)
-
-    def summed(x: jax.Array, dy: jax.Array) -> jax.Array:
-        gradient = _filter_gradient(x, dy, kernel_size)
-        return lax.psum(gradient, axes) if axes else gradient
-
-    return on_mesh(summed, (maps, maps), PartitionSpec())(x, dy)
+    return sum_on_mesh(functools.partial(_filter_gradient, kernel_size=kernel_size), x, dy)
 
 
 @jax.jit
@@ -50,7 +43,7 @@ def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnames="kernel_size")
 def _filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
     gradient = functools.partial(depthwise_pallas_gpu.filter_gradient, size=kernel_size)
     return lax.platform_dependent(

@@ -71,16 +71,22 @@ def _quotient(index: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
     return jax.lax.div(index, divisor), jax.lax.rem(index, divisor)
 
 
-def _meeting(size: int, columns: int, width: int):
-    """Yields the columns that taps meet, counted from the first result's.
+def _met_columns(x_ref, start, first_column, inside, size, columns, shape):
+    """Yields the tile of each column that taps meet, with its (tap, result) pairs.
 
+    `start` and `inside` are the addresses in the first result's column and which of them exist.
     Where one block spans the map, columns beside the map are left out.
     """
+    *_, width, channels = shape
     edge = size // 2
     for column in range(-edge, columns + edge):
-        if columns < width or 0 <= column < width:
-            results = [(tap, column + edge - tap) for tap in range(size)]
-            yield column, [(tap, result) for tap, result in results if 0 <= result < columns]
+        if columns >= width and not 0 <= column < width:
+            continue
+        at = first_column + column
+        mask = inside & (at >= 0) & (at < width) if columns < width else inside
+        results = [(tap, column + edge - tap) for tap in range(size)]
+        pairs = [(tap, result) for tap, result in results if 0 <= result < columns]
+        yield _load(x_ref, start + column * channels, mask), pairs
 
 
 def _convolve(x_ref, kernel_ref, y_ref, *, size, shape, tile, columns):
@@ -101,10 +107,7 @@ def _convolve(x_ref, kernel_ref, y_ref, *, size, shape, tile, columns):
         met = start + (i - edge) * width * channels
         taps = [_load(kernel_ref, (i * size + j) * channels + channel, exists) for j in range(size)]
         sums = list(sums)
-        for column, pairs in _meeting(size, columns, width):
-            at = first_column + column
-            mask = inside & (at >= 0) & (at < width) if columns < width else inside
-            values = _load(x_ref, met + column * channels, mask)
+        for values, pairs in _met_columns(x_ref, met, first_column, inside, size, columns, shape):
             for tap, result in pairs:
                 sums[result] += values * taps[tap]
         return tuple(sums)
@@ -139,10 +142,7 @@ def _sum_taps(x_ref, dy_ref, gradient_ref, *, size, shape, tile, columns):
             for column in range(columns)
         ]
         sums = list(sums)
-        for column, pairs in _meeting(size, columns, width):
-            at = first_column + column
-            mask = inside & (at >= 0) & (at < width) if columns < width else inside
-            values = _load(x_ref, met + column * channels, mask)
+        for values, pairs in _met_columns(x_ref, met, first_column, inside, size, columns, shape):
             for tap, result in pairs:
                 sums[tap] += values * gradients[result]
         return tuple(sums)

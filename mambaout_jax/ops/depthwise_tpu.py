@@ -14,13 +14,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mambaout_jax.ops import depthwise_pallas_tpu
-from mambaout_jax.ops.on_mesh import batch_axes, on_mesh
+from mambaout_jax.ops.on_mesh import batch_axes, on_mesh, sum_on_mesh
 
 
 def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves x [N, H, W, C] with kernel [k, k, 1, C] of x's dtype, padding k // 2."""
-    axes = batch_axes(x)
-    maps = PartitionSpec(axes)
+    maps = PartitionSpec(batch_axes(x))
     return on_mesh(_convolve, (maps, PartitionSpec()), maps)(x, kernel.astype(jnp.float32))
 
 
@@ -31,14 +30,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
     """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
-    axes = batch_axes(x)
-    maps = PartitionSpec(axes)
-
-    def summed(x: jax.Array, dy: jax.Array) -> jax.Array:
-        gradient = _filter_gradient(x, dy, kernel_size)
-        return lax.psum(gradient, axes) if axes else gradient
-
-    return on_mesh(summed, (maps, maps), PartitionSpec())(x, dy)
+    return sum_on_mesh(functools.partial(_filter_gradient, kernel_size=kernel_size), x, dy)
 
 
 @jax.jit
@@ -53,7 +45,7 @@ def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y.transpose(2, 0, 1, 3)[: x.shape[0]]
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnames="kernel_size")
 def _filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
     gradient = functools.partial(depthwise_pallas_tpu.filter_gradient, size=kernel_size)
     return lax.platform_dependent(

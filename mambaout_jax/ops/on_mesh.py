@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 
@@ -25,3 +26,15 @@ def on_mesh(function: Callable, in_specs: tuple, out_specs: PartitionSpec | tupl
         return function
     # Pallas calls do not say over which axes their results vary, hence no check.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def sum_on_mesh(function: Callable, x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Returns function(x, dy), a sum over the batch, of which each device sums its part."""
+    axes = batch_axes(x)
+    maps = PartitionSpec(axes)
+
+    def summed(x: jax.Array, dy: jax.Array) -> jax.Array:
+        gradient = function(x, dy)
+        return lax.psum(gradient, axes) if axes else gradient
+
+    return on_mesh(summed, (maps, maps), PartitionSpec())(x, dy)
