@@ -15,7 +15,6 @@ import argparse
 import collections
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -69,9 +68,8 @@ def main() -> None:
     config.model.name, config.model.depthwise = args.model, args.depthwise
     try:
         config.batch_size = config.eval.batch_size = args.batch * count_chips(args.topology)
-        with tempfile.TemporaryDirectory(prefix="tpu_static_") as dumps:
-            load_compiler(Path(dumps))
-            plan = make_plan(config, args.topology, examples=1_281_167, dumps=Path(dumps))
+        load_compiler()
+        plan = make_plan(config, args.topology, examples=1_281_167)
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"{args.model}, depthwise {args.depthwise}, {args.topology}")

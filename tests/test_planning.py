@@ -11,7 +11,7 @@ from configs import default
 from mambaout_jax.errors import UserError
 from mambaout_jax.planning import plan, topology
 from mambaout_jax.planning.program import Kernel, Operation, read_program
-from mambaout_jax.planning.schedule import count_cycles, read_schedules
+from mambaout_jax.planning.schedule import count_cycles
 
 # Cut from a step that libtpu 0.0.52 compiled for v5e.
 MODULE = """\
@@ -67,19 +67,10 @@ def test_a_module_is_read():
         "all-reduce": (1, 4 * (640 + 1024)),
         "all-gather": (1, 4 * 8192),
     }
-    # libtpu compiles equal calls once: the schedule of one is that of all.
-    assert program.cycles_of_kernels({"depthwise_convolution.5": 700}) == {kernel: 700}
-    with pytest.raises(ValueError, match="no schedule of"):
-        program.cycles_of_kernels({})
 
 
-def test_a_schedule_is_counted(tmp_path):
+def test_a_schedule_is_counted():
     assert count_cycles(SCHEDULE) == 4 + 5 * 6
-    (tmp_path / "17-depthwise_convolution.5-66-final_bundles.txt").write_text(SCHEDULE)
-    (tmp_path / "17-depthwise_convolution.5-65-schedule-analysis_final_bundles.txt").write_text("")
-    (tmp_path / "18-fusion.3-66-final_bundles.txt").write_text(SCHEDULE)
-    names = ("depthwise_convolution.4", "depthwise_convolution.5")
-    assert read_schedules(tmp_path, names) == {"depthwise_convolution.5": 34}
     with pytest.raises(ValueError, match="constant trips"):
         count_cycles(SCHEDULE.replace("%s2, 5", "%s2, %s9"))
 
@@ -109,21 +100,19 @@ def test_an_unknown_topology_names_the_known_ones():
     assert "Traceback" not in done.stderr
 
 
-def test_a_missing_compiler_says_how_to_install_it(monkeypatch, tmp_path):
+def test_a_missing_compiler_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mambaout_jax\[plan\]'"):
-        topology.load_compiler(tmp_path)
+        topology.load_compiler()
 
 
 PLAN = """
-import json, sys, tempfile
-from pathlib import Path
+import json
 from configs import quickstart
 from mambaout_jax.errors import UserError
 from mambaout_jax.planning.plan import describe, make_plan
 from mambaout_jax.planning.topology import load_compiler
-dumps = Path(sys.argv[1])
-load_compiler(dumps)
+load_compiler()
 config = quickstart.get_config()
 refused = []
 for change in ({"batch_size": 12}, {"mesh": {"fsdp": 3}}):
@@ -131,20 +120,20 @@ for change in ({"batch_size": 12}, {"mesh": {"fsdp": 3}}):
         bad = config.copy_and_resolve_references()
         bad.update(change)
     try:
-        make_plan(bad, "v5e:2x4", 1437, dumps)
+        make_plan(bad, "v5e:2x4", 1437)
     except UserError as error:
         refused.append(str(error))
 config.model.name, config.batch_size = "test_mambaout", 64
-made = make_plan(config, "v5e:2x4", 1437, dumps)
+made = make_plan(config, "v5e:2x4", 1437)
 print(json.dumps([refused, made.chips, made.images, made.counted, made.estimated,
                   made.memory.peak, made.program.collectives, describe(made)]))
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_a_step_compiles_for_a_slice(tmp_path):
+def test_a_step_compiles_for_a_slice():
     # In a process of its own: libtpu reads its flags once, and holds what it loads.
-    command = [sys.executable, "-c", PLAN, str(tmp_path)]
+    command = [sys.executable, "-c", PLAN]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     refused, chips, images, counted, estimated, peak, collectives, text = json.loads(
         done.stdout.splitlines()[-1]

@@ -7,7 +7,6 @@ are changed with --config.key=value. It takes libtpu: pip install 'mambaout_jax[
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,9 +38,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[1]!r} is no flag: expected --flag=value")
     absl_logging.set_verbosity(absl_logging.WARNING)
     find_topology(_TOPOLOGY.value)
-    with tempfile.TemporaryDirectory(prefix="plan_tpu_") as dumps:
-        load_compiler(Path(dumps))
-        plan = make_plan(_CONFIG.value, _TOPOLOGY.value, _EXAMPLES.value, Path(dumps))
+    load_compiler()
+    plan = make_plan(_CONFIG.value, _TOPOLOGY.value, _EXAMPLES.value)
     print(f"{_CONFIG.value.model.name} on {_TOPOLOGY.value}")
     print(describe(plan))
 

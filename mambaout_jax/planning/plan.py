@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from ml_collections import ConfigDict
 from mambaout_jax.config import check
 from mambaout_jax.errors import UserError
 from mambaout_jax.planning.program import Kernel, Program, lower_step, read_program
-from mambaout_jax.planning.schedule import read_schedules
+from mambaout_jax.planning.schedule import count_kernels
 from mambaout_jax.planning.topology import Generation, exceeds_memory, find_topology, slice_devices
 from mambaout_jax.training.schedule import schedule_steps
 from mambaout_jax.training.sharding import check_batch, make_mesh
@@ -76,14 +75,13 @@ class Plan:
         return int(free / (self.memory.temporaries / (self.images / self.parts))) // 8 * 8
 
 
-def make_plan(config: ConfigDict, topology: str, examples: int, dumps: Path) -> Plan:
+def make_plan(config: ConfigDict, topology: str, examples: int) -> Plan:
     """Compiles the training step of a configuration for a topology; `load_compiler` comes first.
 
     Args:
         config: the run's configuration.
         topology: a slice, such as "v5e:4x4".
         examples: training examples of an epoch.
-        dumps: the folder that `load_compiler` was given.
 
     Raises:
         UserError: when the topology is unknown, the batch or the mesh does not divide over its
@@ -118,7 +116,7 @@ def make_plan(config: ConfigDict, topology: str, examples: int, dumps: Path) -> 
         total_steps=schedule_steps(config, steps_per_epoch)[2],
         memory=memory,
         program=program,
-        kernels=program.cycles_of_kernels(read_schedules(dumps, program.calls)),
+        kernels=count_kernels(program.kernels, topology),
         lowering=compiling - started,
         compilation=compiled_at - compiling,
         processor=processor,

@@ -62,30 +62,18 @@ class Kernel:
 class Program:
     """What a compiled module's text tells, a device.
 
-    `kernels` counts the calls of each kernel; `calls` has the kernel of each call by its name;
-    `collectives` has the operations and their bytes, of the larger of operand and result, by kind.
+    `kernels` counts the calls of each kernel; `collectives` has the operations and their bytes, of
+    the larger of operand and result, by kind.
     """
 
     operations: tuple[Operation, ...]
     kernels: collections.Counter[Kernel]
-    calls: dict[str, Kernel]
     collectives: dict[str, tuple[int, int]]
-
-    def cycles_of_kernels(self, cycles: dict[str, int]) -> dict[Kernel, int]:
-        """Returns the cycles of one call of each kernel, from those of some calls by their names.
-
-        Raises:
-            ValueError: when a kernel has none.
-        """
-        known = {self.calls[name]: count for name, count in cycles.items() if name in self.calls}
-        if missing := [kernel for kernel in self.kernels if kernel not in known]:
-            raise ValueError(f"libtpu dumped no schedule of {missing}")
-        return known
 
 
 def read_program(text: str, parts: int = 1) -> Program:
     """Reads a compiled step. Its loop over `parts` of a batch counts so often, other loops once."""
-    operations, calls, kernels = [], {}, collections.Counter[Kernel]()
+    operations, kernels = [], collections.Counter[Kernel]()
     for computation, trips in _trips(text, parts).items():
         for line in _body(text, computation):
             name = re.match(r"\s+(?:ROOT )?%([\w.-]+) = ", line)
@@ -93,14 +81,12 @@ def read_program(text: str, parts: int = 1) -> Program:
                 operands = line[line.index("operand_layout_constraints") :]
                 dtype, sizes = _match(r"(bf16|f32)\[([\d,]+)\]", operands)
                 shape = tuple(int(size) for size in sizes.split(","))
-                kernel = Kernel(re.sub(r"[.\d]+$", "", name[1]), shape, dtype)
-                calls[name[1]] = kernel
-                kernels[kernel] += trips
+                kernels[Kernel(re.sub(r"[.\d]+$", "", name[1]), shape, dtype)] += trips
             elif name and (cycles := re.search(r'"estimated_cycles":"(\d+)"', line)):
                 scope = re.search(r'op_name="([^"]*)"', line)
                 scope_name = scope[1] if scope else ""
                 operations.append(Operation(int(cycles[1]) * trips, name[1], scope_name))
-    return Program(tuple(operations), kernels, calls, _read_collectives(text))
+    return Program(tuple(operations), kernels, _read_collectives(text))
 
 
 def _body(text: str, computation: str) -> list[str]:

@@ -1,11 +1,23 @@
 """Cycles of a Pallas call: XLA estimates none, so its final schedule is counted."""
 
+import functools
+import multiprocessing
 import re
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from mambaout_jax.models.mambaout import DepthwiseConv
+from mambaout_jax.ops import depthwise_pallas_tpu
+from mambaout_jax.planning.program import Kernel
+from mambaout_jax.planning.topology import load_compiler, slice_devices
 
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?P<label>[A-Z]{2})?\s*:\s*[> ]*\{")
 _LOOP_TEST = re.compile(
@@ -44,11 +56,39 @@ def count_cycles(bundles: str) -> int:
     return int(trips.sum())
 
 
-def read_schedules(dumps: Path, names: Collection[str]) -> dict[str, int]:
-    """Returns the counted cycles of those of the named calls whose schedule libtpu dumped."""
-    found = {}
-    for path in dumps.glob("*final_bundles.txt"):
-        name = re.match(r"\d+-(.+?)-\d+-final_bundles", path.name)
-        if name and name[1] in names:
-            found[name[1]] = count_cycles(path.read_text(errors="replace"))
-    return found
+def count_kernels(kernels: Collection[Kernel], topology: str) -> dict[Kernel, int]:
+    """Returns the counted cycles of one call of each kernel, compiled alone.
+
+    In a process of its own, since libtpu writes the schedules of everything that its process
+    compiles: of a whole step, that takes as long as compiling it.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_count_kernels, tuple(kernels), topology).result()
+
+
+def _count_kernels(kernels: Iterable[Kernel], topology: str) -> dict[Kernel, int]:
+    with tempfile.TemporaryDirectory(prefix="schedules_") as dumps:
+        load_compiler(dumps=Path(dumps))
+        device = slice_devices(topology)[0]
+        return {kernel: _count(kernel, device, Path(dumps)) for kernel in kernels}
+
+
+def _count(kernel: Kernel, device: Any, dumps: Path) -> int:
+    size, sharding = DepthwiseConv.kernel_size, SingleDeviceSharding(device)
+    dtype = {"bf16": jnp.bfloat16, "f32": jnp.float32}[kernel.dtype]
+    x = jax.ShapeDtypeStruct(kernel.shape, dtype, sharding=sharding)
+    if kernel.name == "depthwise_convolution":
+        function = depthwise_pallas_tpu.convolve
+        taps = (size, size, 1, kernel.shape[-1])
+        second = jax.ShapeDtypeStruct(taps, jnp.float32, sharding=sharding)
+    else:
+        function = functools.partial(depthwise_pallas_tpu.filter_gradient, size=size)
+        second = x
+    before = set(dumps.iterdir())
+    jax.jit(function).lower(x, second).compile()
+    (path,) = (
+        path
+        for path in set(dumps.iterdir()) - before
+        if re.fullmatch(rf"\d+-{kernel.name}[.\d]*-\d+-final_bundles.txt", path.name)
+    )
+    return count_cycles(path.read_text(errors="replace"))

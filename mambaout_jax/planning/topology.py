@@ -66,10 +66,10 @@ def count_chips(name: str) -> int:
     return math.prod(map(int, find_topology(name)[1].split("x")))
 
 
-def load_compiler(dumps: Path) -> None:
-    """Readies libtpu, which is to write the schedules of what it compiles into `dumps`.
+def load_compiler(dumps: Path | None = None) -> None:
+    """Readies libtpu, to be called once, before any topology is asked for.
 
-    To be called once, before any topology is asked for.
+    With `dumps` it writes the schedules of all that it compiles into that folder.
 
     Raises:
         UserError: when libtpu is not installed.
@@ -79,9 +79,11 @@ def load_compiler(dumps: Path) -> None:
             "libtpu, the TPU compiler, is not installed: pip install 'mambaout_jax[plan]'"
         )
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # what is not compiled is not dumped
+    jax.config.update("jax_enable_compilation_cache", False)  # a plan tells the compilation's time
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    if dumps is None:
+        return
     flags = {
         "xla_jf_dump_to": dumps,
         "xla_jf_dump_llo_text": "true",
