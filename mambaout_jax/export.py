@@ -1,4 +1,4 @@
-"""Hands a trained network on: one zip file that jax alone can run.
+"""Hands a trained network on: one zip file that jax alone can run, and numpy.load opens.
 
 The file holds
     network.jax       the program, as jax.export serialises it: (weights, uint8 [N, H, W, 3]) ->
@@ -6,7 +6,7 @@ The file holds
                       included
     network.json      what reading it without flatbuffers takes: where its StableHLO begins and
                       ends, the platforms, the version of jax.export's calls, the pictures' shape
-    weights.npz       the weights, in the order of the program's list
+    weights/*.npy     the weights, in the order of the program's list
     labels.txt        a name for each logit, one a line
     preprocessing.json  how a picture becomes the program's input
 examples/run_exported.py reads it.
@@ -14,7 +14,6 @@ examples/run_exported.py reads it.
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import zipfile
@@ -68,19 +67,19 @@ def export_model(
         "version": exported.calling_convention_version,
         "shape": [*info.preprocessing.shape, 3],
     }
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
-    weights = io.BytesIO()
-    np.savez(weights, *leaves)
+    leaves = jax.tree.leaves(params)
+    weights = {f"weights/{index:04}": np.asarray(leaf) for index, leaf in enumerate(leaves)}
     members: dict[str, str | bytes] = {
         "network.jax": program,
         "network.json": json.dumps(network, indent=2) + "\n",
-        "weights.npz": weights.getvalue(),
         "labels.txt": "\n".join(class_names(info.class_names, info.num_classes)) + "\n",
         "preprocessing.json": json.dumps(dataclasses.asdict(info.preprocessing), indent=2) + "\n",
     }
     part = path.with_name(f"{path.name}.part")
     try:
-        with zipfile.ZipFile(part, "w") as archive:
+        with part.open("wb") as file:
+            np.savez(file, **weights)
+        with zipfile.ZipFile(part, "a") as archive:
             for name, content in members.items():
                 archive.writestr(name, content)
         os.replace(part, path)

@@ -37,7 +37,7 @@ def decode(file_bytes: bytes, name: str = "the file") -> Image.Image:
     except (*_DAMAGES, Image.DecompressionBombError) as error:
         reason = "no image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise BadImageError(
-            f"{name} cannot be decoded ({reason}); replace it or leave it out of the data set."
+            f"{name} cannot be decoded ({reason}); replace it or leave it out."
         ) from error
 
 
