@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--layout", choices=("timm", "original"), help="of what --to-torch writes; default timm"
     )
     args = parser.parse_args(argv)
+    if not args.input or not args.output:
+        parser.error("--input and --output each name a file or a directory, and one is empty")
     if args.layout and not args.to_torch:
         parser.error("--layout goes with --to-torch: the layout of an input is told by itself")
     args.layout = args.layout or "timm"
