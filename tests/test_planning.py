@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
@@ -126,7 +127,8 @@ for change in ({"batch_size": 12}, {"mesh": {"fsdp": 3}}):
 config.model.name, config.batch_size = "test_mambaout", 64
 made = make_plan(config, "v5e:2x4", 1437)
 print(json.dumps([refused, made.chips, made.images, made.counted, made.estimated,
-                  made.memory.peak, made.program.collectives, describe(made)]))
+                  made.memory.peak, made.program.collectives, describe(made, price=1e6),
+                  made.total_steps * made.step]))
 """
 
 
@@ -135,7 +137,7 @@ def test_a_step_compiles_for_a_slice():
     # In a process of its own: libtpu reads its flags once, and holds what it loads.
     command = [sys.executable, "-c", PLAN]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    refused, chips, images, counted, estimated, peak, collectives, text = json.loads(
+    refused, chips, images, counted, estimated, peak, collectives, text, seconds = json.loads(
         done.stdout.splitlines()[-1]
     )
     assert refused[0].startswith("config.batch_size 12 does not divide over 8 devices")
@@ -146,3 +148,5 @@ def test_a_step_compiles_for_a_slice():
     assert 0 < peak < 2**30
     assert collectives["all-reduce"][1] > 700_000  # every gradient, in float32
     assert "images/s" in text
+    cost = re.search(r"chip hours, ([\d,]+) at 1000000.0 each", text).group(1)
+    assert int(cost.replace(",", "")) == pytest.approx(1e6 * 8 * seconds / 3600, abs=1)

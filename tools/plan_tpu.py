@@ -22,6 +22,9 @@ from mambaout_jax.planning.topology import find_topology, load_compiler
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "The slice: generation and shape.")
+_PRICE = flags.DEFINE_float(
+    "price", None, "Of a chip and hour, in any currency: tells the run's cost.", lower_bound=0
+)
 _EXAMPLES = flags.DEFINE_integer("examples", 1_281_167, "Training examples of an epoch.")
 
 
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> None:
     load_compiler()
     plan = make_plan(_CONFIG.value, _TOPOLOGY.value, _EXAMPLES.value)
     print(f"{_CONFIG.value.model.name} on {_TOPOLOGY.value}")
-    print(describe(plan))
+    print(describe(plan, _PRICE.value))
 
 
 if __name__ == "__main__":

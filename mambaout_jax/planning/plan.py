@@ -150,11 +150,13 @@ def _too_large(error: Exception, config: ConfigDict, topology: str, chips: int) 
     )
 
 
-def describe(plan: Plan) -> str:
-    """Returns the plan as lines of text."""
+def describe(plan: Plan, price: float | None = None) -> str:
+    """Returns the plan as lines of text, with the run's cost at a price a chip and hour."""
     gib, memory, generation = 2**30, plan.memory, plan.generation
     parts = f" in {plan.parts} parts" if plan.parts > 1 else ""
     cycles = plan.estimated + plan.counted
+    hours = plan.total_steps * plan.step / 3600
+    cost = "" if price is None else f", {hours * plan.chips * price:,.0f} at {price} each"
     kinds = [
         f"{count} {kind}, {size / 1e6:.1f} MB"
         for kind, (count, size) in sorted(plan.program.collectives.items())
@@ -173,8 +175,8 @@ def describe(plan: Plan) -> str:
         f"collectives' bytes twice at {generation.links / 1e9:.0f} GB/s with nothing hidden",
         "images/s": f"{plan.chips * plan.images / plan.step:,.0f}, "
         f"{plan.images / plan.step:,.0f} a chip, if input and host keep up",
-        "whole run": f"{plan.total_steps:,} steps, {plan.total_steps * plan.step / 3600:.1f} hours "
-        "without evaluation",
+        "whole run": f"{plan.total_steps:,} steps, {hours:.1f} hours without evaluation: "
+        f"{hours * plan.chips:,.0f} chip hours{cost}",
         "compilation": f"{plan.compilation:.0f} s ({plan.processor:.0f} s of processor), "
         f"{plan.lowering:.0f} s to lower",
     }
