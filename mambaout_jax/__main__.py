@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(subparser)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     # Of a large picture; one that is too large is an error.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     try:
