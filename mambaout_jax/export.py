@@ -67,8 +67,6 @@ def export_model(
         "version": exported.calling_convention_version,
         "shape": [*info.preprocessing.shape, 3],
     }
-    leaves = jax.tree.leaves(params)
-    weights = {f"weights/{index:04}": np.asarray(leaf) for index, leaf in enumerate(leaves)}
     members: dict[str, str | bytes] = {
         "network.jax": program,
         "network.json": json.dumps(network, indent=2) + "\n",
@@ -77,9 +75,10 @@ def export_model(
     }
     part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("wb") as file:
-            np.savez(file, **weights)
-        with zipfile.ZipFile(part, "a") as archive:
+        with zipfile.ZipFile(part, "w") as archive:
+            for index, leaf in enumerate(jax.tree.leaves(params)):
+                with archive.open(f"weights/{index:04}.npy", "w") as file:
+                    np.save(file, np.asarray(leaf))
             for name, content in members.items():
                 archive.writestr(name, content)
         os.replace(part, path)

@@ -23,6 +23,7 @@ HloModule jit_train_step
 }
 
 %body (state: (s32[], f32[64,10])) -> (s32[], f32[64,10]) {
+  %all-gather.3 = f32[64]{0:T(64)} all-gather(%shard), channel_id=3, dimensions={0}
   %fusion.8 = f32[64,10]{1,0:T(8,128)} fusion(%state), kind=kLoop, calls=%g, backend_config={"estimated_cycles":"100"}
 }
 
@@ -66,7 +67,7 @@ def test_a_module_is_read():
     assert program.kernels == {kernel: 2}
     assert program.collectives == {
         "all-reduce": (1, 4 * (640 + 1024)),
-        "all-gather": (1, 4 * 8192),
+        "all-gather": (1 + 4, 4 * 8192 + 4 * 4 * 64),
     }
 
 

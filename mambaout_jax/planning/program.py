@@ -74,7 +74,8 @@ class Program:
 def read_program(text: str, parts: int = 1) -> Program:
     """Reads a compiled step. Its loop over `parts` of a batch counts so often, other loops once."""
     operations, kernels = [], collections.Counter[Kernel]()
-    for computation, trips in _trips(text, parts).items():
+    loops = _trips(text, parts)
+    for computation, trips in loops.items():
         for line in _body(text, computation):
             name = re.match(r"\s+(?:ROOT )?%([\w.-]+) = ", line)
             if name and 'custom_call_target="tpu_custom_call"' in line:
@@ -86,7 +87,7 @@ def read_program(text: str, parts: int = 1) -> Program:
                 scope = re.search(r'op_name="([^"]*)"', line)
                 scope_name = scope[1] if scope else ""
                 operations.append(Operation(int(cycles[1]) * trips, name[1], scope_name))
-    return Program(tuple(operations), kernels, _read_collectives(text))
+    return Program(tuple(operations), kernels, _read_collectives(text, loops))
 
 
 def _body(text: str, computation: str) -> list[str]:
@@ -120,16 +121,27 @@ def _match(pattern: str, text: str) -> tuple[Any, ...]:
     return found.groups()
 
 
-def _read_collectives(text: str) -> dict[str, tuple[int, int]]:
+def _read_collectives(text: str, loops: dict[str, int]) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     shapes = dict(re.findall(r"^\s+(?:ROOT )?%([\w.-]+) = (.*?) [a-z][\w-]*\(", text, re.MULTILINE))
     pattern = rf" = (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(([^)]*)\)"
-    for result, kind, start, operands in re.findall(pattern, text):
-        given = sum(_size(shapes.get(name, "")) for name in re.findall(r"%([\w.-]+)", operands))
-        taken = _size(result) - given if start and result.startswith("(") else _size(result)
-        count, size = found.get(kind, (0, 0))
-        found[kind] = count + 1, size + max(given, taken)
+    for computation, trips in _calls(text, loops).items():
+        lines = "\n".join(_body(text, computation))
+        for result, kind, start, operands in re.findall(pattern, lines):
+            given = sum(_size(shapes.get(name, "")) for name in re.findall(r"%([\w.-]+)", operands))
+            taken = _size(result) - given if start and result.startswith("(") else _size(result)
+            count, size = found.get(kind, (0, 0))
+            found[kind] = count + trips, size + trips * max(given, taken)
     return found
+
+
+def _calls(text: str, loops: dict[str, int]) -> dict[str, int]:
+    """Returns how often the entry, the loops' bodies and what these call run."""
+    calls = dict(loops)
+    for computation, trips in loops.items():
+        called = re.findall(r"calls=%?([\w.-]+)", "\n".join(_body(text, computation)))
+        calls |= {name: trips for name in called if name not in loops}
+    return calls
 
 
 def _size(shape: str) -> int:
