@@ -6,6 +6,7 @@ An operation is called as operation(image, level, sign, filter): the level in
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
@@ -14,6 +15,11 @@ FILL = (124, 116, 104)  # the ImageNet mean, where a moved picture leaves nothin
 Operation = Callable[[Image.Image, float, int, Image.Resampling], Image.Image]
 Warp = Callable[[Image.Image, tuple[float, ...], Image.Resampling], Image.Image]
 Sharpness = Callable[[Image.Image, float], Image.Image]
+
+
+def pillow(picture: Any) -> Image.Image:
+    """Returns a picture of either backend as Pillow's."""
+    return picture if isinstance(picture, Image.Image) else picture.pillow()
 
 
 def warp(
@@ -34,7 +40,7 @@ def rotation(size: tuple[int, int], degrees: float) -> tuple[float, ...]:
 
 
 def _lookup(image: Image.Image, table: list[int]) -> Image.Image:
-    return image.point(table * 3)
+    return pillow(image).point(table * 3)
 
 
 def posterize(image: Image.Image, bits: int) -> Image.Image:
@@ -60,17 +66,17 @@ def invert(image: Image.Image) -> Image.Image:
 
 def color(image: Image.Image, factor: float) -> Image.Image:
     """Blends with the greyscale picture; 0 is grey, 1 no change."""
-    return ImageEnhance.Color(image).enhance(factor)
+    return ImageEnhance.Color(pillow(image)).enhance(factor)
 
 
 def contrast(image: Image.Image, factor: float) -> Image.Image:
     """Blends with the mean grey; 0 is the mean, 1 no change."""
-    return ImageEnhance.Contrast(image).enhance(factor)
+    return ImageEnhance.Contrast(pillow(image)).enhance(factor)
 
 
 def brightness(image: Image.Image, factor: float) -> Image.Image:
     """Blends with black; 0 is black, 1 no change."""
-    return ImageEnhance.Brightness(image).enhance(factor)
+    return ImageEnhance.Brightness(pillow(image)).enhance(factor)
 
 
 def sharpness(image: Image.Image, factor: float) -> Image.Image:
@@ -80,7 +86,7 @@ def sharpness(image: Image.Image, factor: float) -> Image.Image:
 
 def gaussian_blur(image: Image.Image, radius: float) -> Image.Image:
     """Blurs with Pillow's approximation of a Gaussian of that standard deviation, in pixels."""
-    return image.filter(ImageFilter.GaussianBlur(radius))
+    return pillow(image).filter(ImageFilter.GaussianBlur(radius))
 
 
 def _plain_factor(level: float) -> float:
@@ -123,8 +129,8 @@ def operations(warp: Warp, sharpness: Sharpness) -> dict[str, Operation]:
 
 
 _IN_PLACE: dict[str, Operation] = {
-    "AutoContrast": lambda image, level, sign, filter_: ImageOps.autocontrast(image),
-    "Equalize": lambda image, level, sign, filter_: ImageOps.equalize(image),
+    "AutoContrast": lambda image, level, sign, filter_: ImageOps.autocontrast(pillow(image)),
+    "Equalize": lambda image, level, sign, filter_: ImageOps.equalize(pillow(image)),
     "Invert": lambda image, level, sign, filter_: invert(image),
     "Posterize": lambda image, level, sign, filter_: posterize(image, _bits(level)),
     "PosterizeIncreasing": lambda i, level, s, f: posterize(i, max(4 - _bits(level), 0)),
