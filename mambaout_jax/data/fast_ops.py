@@ -25,7 +25,7 @@ def _cubic(a: float, b: float, c: float, d: float, x: float) -> float:
 def _blend(
     values: np.ndarray, x: np.ndarray, moves: bool, bicubic: bool, result: np.ndarray
 ) -> None:
-    """Interpolates between rows 1 and 2 of float64 [4, n], by `x` from the first."""
+    """Interpolates between rows 1 and 2 of [4, n], by `x` from the first."""
     if not moves:
         for i in range(len(x)):
             result[i] = values[1, i]
@@ -80,7 +80,7 @@ def _affine(pixels: np.ndarray, m: tuple, fill: int, bicubic: bool) -> np.ndarra
     left, top = np.empty(width, np.int32), np.empty(width, np.int32)
     dxs, dys = np.empty(width), np.empty(width)
     columns, rows = np.empty((4, width), np.int32), np.empty(width, np.int32)
-    values, lines = np.empty((3, 4, width)), np.empty((3, 4, width))
+    values, lines = np.empty((3, 4, width), np.int32), np.empty((3, 4, width))
     final = np.empty(width)
     result[:] = fill
     for row in range(height):
@@ -100,9 +100,9 @@ def _affine(pixels: np.ndarray, m: tuple, fill: int, bicubic: bool) -> np.ndarra
             for i in range(*_taps(across, bicubic)):
                 for column in range(len(packed)):
                     pixel = np.int32(source[rows[column] + columns[i, column]])
-                    values[0, i, column] = float(pixel & np.int32(255))
-                    values[1, i, column] = float((pixel >> np.int32(8)) & np.int32(255))
-                    values[2, i, column] = float((pixel >> np.int32(16)) & np.int32(255))
+                    values[0, i, column] = pixel & np.int32(255)
+                    values[1, i, column] = (pixel >> np.int32(8)) & np.int32(255)
+                    values[2, i, column] = (pixel >> np.int32(16)) & np.int32(255)
             for channel in range(3):
                 _blend(values[channel], dx, across, bicubic, lines[channel, j])
         packed[:] = 0
