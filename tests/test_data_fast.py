@@ -132,13 +132,16 @@ def test_flaws_that_pillow_lets_pass_pass():
     assert_same(*(cut(backend, bytes(file), (0, 0, 64, 40), (64, 40)) for backend in BOTH))
 
 
-def test_the_whole_transform_is_the_same():
+@pytest.mark.parametrize(
+    ("policy", "jitter"), [("rand-m9-mstd0.5-inc1-p1", 0.0), ("3a", 0.0), ("", 0.0), ("", 0.4)]
+)
+def test_the_whole_transform_is_the_same(policy, jitter):
     files = [jpeg(noise(120, 90, seed)) for seed in range(4)]
     pictures = []
     for backend in ("pillow", "fast"):
         config = default.get_config()
         config.data.update(backend=backend, image_size=48)
-        config.augment.policy = "rand-m9-mstd0.5-inc1-p1"
+        config.augment.update(policy=policy, color_jitter=jitter)
         transform = TrainTransform(config)
         pictures.append([transform(files[s % 4], np.random.default_rng(s), "x") for s in range(80)])
     np.testing.assert_array_equal(*pictures)

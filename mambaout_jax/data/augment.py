@@ -70,12 +70,12 @@ class TrainTransform:
         picture = self._backend.open(file_bytes, name)
         box = draw_crop(picture.size, self._scale, self._ratio, rng)
         filter_ = self._filters[int(rng.integers(len(self._filters)))]
-        image = self._backend.resized_crop(picture, box, (self._size, self._size), filter_)
-        if rng.random() < self._hflip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        mirrored = rng.random() < self._hflip
+        size = (self._size, self._size)
+        image = self._backend.resized_crop(picture, box, size, filter_, mirrored)
         image = self._policy(image, rng)
         if self._jitter:
-            image = color_jitter(image, self._jitter, rng)
+            image = color_jitter(image_ops.pillow(image), self._jitter, rng)
         return np.asarray(image)
 
 

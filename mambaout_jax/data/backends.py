@@ -14,7 +14,7 @@ _LIBRARIES = ("simplejpeg", "numba")  # of the fast backend
 
 
 class Picture(Protocol):
-    """A decoded picture."""
+    """A picture, of Pillow or of the backend's own kind."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -22,7 +22,10 @@ class Picture(Protocol):
 
 
 class Backend(Protocol):
-    """Decodes, crops and moves pixels; picklable."""
+    """Decodes, crops and moves pixels; picklable.
+
+    `np.asarray` of any picture but an opened one is uint8 [H, W, 3].
+    """
 
     def open(self, file_bytes: bytes, name: str) -> Picture:
         """Opens a file as RGB, or raises `decoding.BadImageError`, as may `resized_crop`."""
@@ -33,15 +36,16 @@ class Backend(Protocol):
         box: tuple[int, int, int, int],
         size: tuple[int, int],
         filter_: Image.Resampling,
-    ) -> Image.Image:
-        """Resizes the part (left, top, right, bottom) to (width, height)."""
+        mirrored: bool = False,
+    ) -> Picture:
+        """Resizes the part (left, top, right, bottom) to (width, height), and may mirror it."""
 
     def warp(
-        self, image: Image.Image, coefficients: tuple[float, ...], filter_: Image.Resampling
-    ) -> Image.Image:
+        self, picture: Picture, coefficients: tuple[float, ...], filter_: Image.Resampling
+    ) -> Picture:
         """Does what `image_ops.warp` does."""
 
-    def sharpness(self, image: Image.Image, factor: float) -> Image.Image:
+    def sharpness(self, picture: Picture, factor: float) -> Picture:
         """Does what `image_ops.sharpness` does."""
 
 
@@ -52,17 +56,18 @@ class PillowBackend:
         """See `Backend`."""
         return decoding.decode(file_bytes, name)
 
-    def resized_crop(self, picture, box, size, filter_) -> Image.Image:
+    def resized_crop(self, picture, box, size, filter_, mirrored=False) -> Image.Image:
         """See `Backend`."""
-        return picture.crop(box).resize(size, filter_)
+        image = picture.crop(box).resize(size, filter_)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
-    def warp(self, image, coefficients, filter_) -> Image.Image:
+    def warp(self, picture, coefficients, filter_) -> Image.Image:
         """See `Backend`."""
-        return image_ops.warp(image, coefficients, filter_)
+        return image_ops.warp(picture, coefficients, filter_)
 
-    def sharpness(self, image, factor) -> Image.Image:
+    def sharpness(self, picture, factor) -> Image.Image:
         """See `Backend`."""
-        return image_ops.sharpness(image, factor)
+        return image_ops.sharpness(picture, factor)
 
 
 @dataclasses.dataclass
@@ -74,10 +79,31 @@ class _Undecoded:
     size: tuple[int, int]
 
 
+class _Words:
+    """A picture as the compiled functions take it: uint32 [H, W], which nobody writes to."""
+
+    def __init__(self, pixels: np.ndarray):
+        pixels.flags.writeable = False  # as those from Pillow, lest Numba compile for both
+        self.pixels = pixels
+        self.height, self.width = pixels.shape
+        self.size = self.width, self.height
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        del dtype, copy
+        from mambaout_jax.data import fast_resize
+
+        return fast_resize.rgb(self.pixels)
+
+    def pillow(self) -> Image.Image:
+        """Returns the same picture for Pillow; `image_ops.pillow` calls it."""
+        return Image.frombytes("RGB", self.size, self.pixels, "raw", "RGBX")
+
+
 class FastBackend:
     """The same pixels by simplejpeg and Numba, and by Pillow where it is as fast.
 
     simplejpeg is libjpeg-turbo as Pillow is, with the accurate transform and smooth upsampling.
+    A picture is converted to Pillow's form or back only where the next operation needs the other.
     """
 
     def open(self, file_bytes: bytes, name: str) -> Picture:
@@ -89,42 +115,38 @@ class FastBackend:
             return decoding.decode(file_bytes, name)
         return _Undecoded(file_bytes, name, size)
 
-    def resized_crop(self, picture, box, size, filter_) -> Image.Image:
+    def resized_crop(self, picture, box, size, filter_, mirrored=False) -> Picture:
         """See `Backend`."""
         from mambaout_jax.data import fast_decode, fast_resize
 
-        left, top, right, bottom = box
         if isinstance(picture, _Undecoded):
             try:
-                pixels = fast_decode.decode_rows(picture.file_bytes, picture.size[1], bottom)
+                pixels = fast_decode.decode_rows(picture.file_bytes, picture.size[1], box[3])
             except ValueError:  # Pillow says what is wrong with it
                 pixels = _pixels(decoding.decode(picture.file_bytes, picture.name))
         else:
             pixels = _pixels(picture)
-        return _image(fast_resize.resize(pixels[top:bottom, left:right], size, filter_))
+        return _Words(fast_resize.resize(pixels, box, size, filter_, mirrored))
 
-    def warp(self, image, coefficients, filter_) -> Image.Image:
+    def warp(self, picture, coefficients, filter_) -> Picture:
         """See `Backend`."""
         from mambaout_jax.data import fast_ops
 
-        return _image(fast_ops.affine(_pixels(image), coefficients, filter_, image_ops.FILL))
+        return _Words(fast_ops.affine(_pixels(picture), coefficients, filter_, image_ops.FILL))
 
-    def sharpness(self, image, factor) -> Image.Image:
+    def sharpness(self, picture, factor) -> Picture:
         """See `Backend`."""
         from mambaout_jax.data import fast_ops
 
-        return _image(fast_ops.sharpness(_pixels(image), factor))
+        return _Words(fast_ops.sharpness(_pixels(picture), factor))
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    """Returns an RGB picture as uint32 [H, W]."""
-    data = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
-    return data.reshape(image.height, image.width)
-
-
-def _image(pixels: np.ndarray) -> Image.Image:
-    """Returns uint32 [H, W] as an RGB picture."""
-    return Image.frombytes("RGB", pixels.shape[::-1], pixels, "raw", "RGBX")
+def _pixels(picture: Image.Image | _Words) -> np.ndarray:
+    """Returns a picture as uint32 [H, W]."""
+    if isinstance(picture, _Words):
+        return picture.pixels
+    data = np.frombuffer(picture.tobytes("raw", "RGBX"), np.uint32)
+    return data.reshape(picture.height, picture.width)
 
 
 def open_backend(name: str) -> Backend:

@@ -25,9 +25,10 @@ def _cubic(a: float, b: float, c: float, d: float, x: float) -> float:
 def _blend(
     values: np.ndarray, x: np.ndarray, moves: bool, bicubic: bool, result: np.ndarray
 ) -> None:
-    """Interpolates between rows 1 and 2 of float64 [4, n], by `x` from the first."""
+    """Interpolates between rows 1 and 2 of [4, n], by `x` from the first."""
     if not moves:
-        result[:] = values[1]
+        for i in range(len(x)):
+            result[i] = values[1, i]
     elif bicubic:
         for i in range(len(x)):
             result[i] = _cubic(values[0, i], values[1, i], values[2, i], values[3, i], x[i])
@@ -37,20 +38,28 @@ def _blend(
 
 
 @compiled
-def _coordinates(
-    m: tuple, row: int, shape: tuple[int, int], outside: np.ndarray, split: tuple
-) -> None:
-    """Finds the whole and fractional parts of x and y where a row's pixels come from."""
-    height, width = shape
-    left, dx, top, dy = split
-    for column in range(len(outside)):
-        x = m[0] * (column + 0.5) + m[1] * (row + 0.5) + m[2]
-        y = m[3] * (column + 0.5) + m[4] * (row + 0.5) + m[5]
-        outside[column] = not (0.0 <= x < width and 0.0 <= y < height)
-        x = min(max(x, 0.0), float(width)) - 0.5  # what is outside is only to be harmless
-        y = min(max(y, 0.0), float(height)) - 0.5
-        left[column], top[column] = np.int32(math.floor(x)), np.int32(math.floor(y))
-        dx[column], dy[column] = x - left[column], y - top[column]
+def _origin(m: tuple, row: int, column: int) -> tuple[float, float]:
+    """Returns the place (x, y) that a pixel is taken from."""
+    x = m[0] * (column + 0.5) + m[1] * (row + 0.5) + m[2]
+    y = m[3] * (column + 0.5) + m[4] * (row + 0.5) + m[5]
+    return x, y
+
+
+@compiled
+def _is_inside(m: tuple, row: int, column: int, shape: tuple[int, int]) -> bool:
+    x, y = _origin(m, row, column)
+    return 0.0 <= x < shape[1] and 0.0 <= y < shape[0]
+
+
+@compiled
+def _inside(m: tuple, row: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """Returns the columns, from and to, that a row takes from inside: they follow each other."""
+    start, stop = 0, shape[1]
+    while start < stop and not _is_inside(m, row, start, shape):
+        start += 1
+    while start < stop and not _is_inside(m, row, stop - 1, shape):
+        stop -= 1
+    return start, stop
 
 
 @compiled
@@ -68,38 +77,40 @@ def _affine(pixels: np.ndarray, m: tuple, fill: int, bicubic: bool) -> np.ndarra
     down = not (m[3] == 0.0 and m[4] == 1.0 and m[5] == 0.0)
     source = pixels.ravel()
     result = np.empty((height, width), np.uint32)
-    outside = np.empty(width, np.bool_)
     left, top = np.empty(width, np.int32), np.empty(width, np.int32)
-    dx, dy = np.empty(width), np.empty(width)
+    dxs, dys = np.empty(width), np.empty(width)
     columns, rows = np.empty((4, width), np.int32), np.empty(width, np.int32)
-    values, lines = np.empty((3, 4, width)), np.empty((3, 4, width))
+    values, lines = np.empty((3, 4, width), np.int32), np.empty((3, 4, width))
     final = np.empty(width)
+    result[:] = fill
     for row in range(height):
-        packed = result[row]
-        _coordinates(m, row, (height, width), outside, (left, dx, top, dy))
+        start, stop = _inside(m, row, pixels.shape)
+        packed, dx, dy = result[row, start:stop], dxs[start:stop], dys[start:stop]
+        for column in range(len(packed)):
+            x, y = _origin(m, row, start + column)
+            x, y = x - 0.5, y - 0.5
+            left[column], top[column] = np.int32(math.floor(x)), np.int32(math.floor(y))
+            dx[column], dy[column] = x - left[column], y - top[column]
         for i in range(*_taps(across, bicubic)):
-            for column in range(width):
+            for column in range(len(packed)):
                 columns[i, column] = min(max(left[column] + np.int32(i - 1), 0), width - 1)
         for j in range(*_taps(down, bicubic)):
-            for column in range(width):
+            for column in range(len(packed)):
                 rows[column] = min(max(top[column] + np.int32(j - 1), 0), height - 1) * width
             for i in range(*_taps(across, bicubic)):
-                for column in range(width):
+                for column in range(len(packed)):
                     pixel = np.int32(source[rows[column] + columns[i, column]])
-                    values[0, i, column] = float(pixel & np.int32(255))
-                    values[1, i, column] = float((pixel >> np.int32(8)) & np.int32(255))
-                    values[2, i, column] = float((pixel >> np.int32(16)) & np.int32(255))
+                    values[0, i, column] = pixel & np.int32(255)
+                    values[1, i, column] = (pixel >> np.int32(8)) & np.int32(255)
+                    values[2, i, column] = (pixel >> np.int32(16)) & np.int32(255)
             for channel in range(3):
                 _blend(values[channel], dx, across, bicubic, lines[channel, j])
         packed[:] = 0
         for channel in range(3):
             _blend(lines[channel], dy, down, bicubic, final)
-            for column in range(width):
+            for column in range(len(packed)):
                 value = np.uint32(np.int32(min(max(final[column], 0.0), 255.0)))
                 packed[column] |= value << np.uint32(8 * channel)
-        for column in range(width):
-            if outside[column]:
-                packed[column] = fill
     return result
 
 

@@ -67,8 +67,8 @@ def _weights(source: int, target: int, bicubic: bool) -> tuple[np.ndarray, np.nd
 
 
 @compiled
-def _blend_rows(pixels: np.ndarray, target: int, bicubic: bool) -> np.ndarray:
-    """Resizes the first axis of uint32 [rows, n] to `target`."""
+def _blend_rows(pixels: np.ndarray, target: int, bicubic: bool, mirrored: bool) -> np.ndarray:
+    """Resizes the first axis of uint32 [rows, n] to `target`, and may turn it round."""
     rows = len(pixels)
     first, fixed = _weights(rows, target, bicubic)
     source = pixels.view(np.uint8)
@@ -85,8 +85,9 @@ def _blend_rows(pixels: np.ndarray, target: int, bicubic: bool) -> np.ndarray:
             row = source[first[out] + tap]
             for i in range(length):
                 total[i] = np.int32(total[i] + np.int32(row[i]) * weight)
+        line = result[target - 1 - out if mirrored else out]
         for i in range(length):
-            result[out, i] = np.uint8(min(max(total[i] >> _BITS, 0), 255))
+            line[i] = np.uint8(min(max(total[i] >> _BITS, 0), 255))
     return result.view(np.uint32)
 
 
@@ -108,27 +109,63 @@ def _transpose(pixels: np.ndarray) -> np.ndarray:
 
 @compiled
 def _resize(
-    pixels: np.ndarray, width: int, height: int, bicubic: bool, columns_first: bool
+    pixels: np.ndarray,
+    box: tuple[int, int, int, int],
+    size: tuple[int, int],
+    bicubic: bool,
+    mirrored: bool,
+    columns_first: bool,
 ) -> np.ndarray:
+    left, top, right, bottom = box
+    width, height = size
+    crop = pixels[top:bottom, left:right]
     if columns_first:
-        low = _transpose(_blend_rows(pixels, height, bicubic))
-        return _transpose(_blend_rows(low, width, bicubic))
-    narrow = _blend_rows(_transpose(pixels), width, bicubic)
-    return _blend_rows(_transpose(narrow), height, bicubic)
+        low = _transpose(_blend_rows(np.ascontiguousarray(crop), height, bicubic, False))
+        return _transpose(_blend_rows(low, width, bicubic, mirrored))
+    narrow = _blend_rows(_transpose(crop), width, bicubic, mirrored)
+    return _blend_rows(_transpose(narrow), height, bicubic, False)
 
 
-def resize(pixels: np.ndarray, size: tuple[int, int], filter_: Image.Resampling) -> np.ndarray:
-    """Resizes as the installed release of Pillow does.
+@compiled
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    height, width = pixels.shape
+    source = pixels.view(np.uint8)
+    result = np.empty((height, width * 3), np.uint8)
+    for row in range(height):
+        four, three = source[row], result[row]
+        for i in range(width):
+            three[3 * i] = four[4 * i]
+            three[3 * i + 1] = four[4 * i + 1]
+            three[3 * i + 2] = four[4 * i + 2]
+    return result.reshape(height, width, 3)
+
+
+def resize(
+    pixels: np.ndarray,
+    box: tuple[int, int, int, int],
+    size: tuple[int, int],
+    filter_: Image.Resampling,
+    mirrored: bool = False,
+) -> np.ndarray:
+    """Crops and resizes as the installed release of Pillow does.
 
     Args:
       pixels: uint32 [H, W].
+      box: (left, top, right, bottom) of the part to resize.
       size: (width, height) of the result.
       filter_: bilinear or bicubic.
+      mirrored: whether the result's left and right change places.
 
     Returns:
       uint32 [height, width].
     """
-    shorter, narrower = pixels.shape[0] - size[1], pixels.shape[1] - size[0]
+    left, top, right, bottom = box
+    shorter, narrower = bottom - top - size[1], right - left - size[0]
     columns_first = _COLUMNS_FIRST and shorter > 0 and shorter > 2 * narrower
     bicubic = filter_ == Image.Resampling.BICUBIC
-    return _resize(np.ascontiguousarray(pixels), *size, bicubic, columns_first)
+    return _resize(pixels, box, size, bicubic, mirrored, columns_first)
+
+
+def rgb(pixels: np.ndarray) -> np.ndarray:
+    """Returns uint32 [H, W] as uint8 [H, W, 3]."""
+    return _rgb(pixels)

@@ -1,4 +1,4 @@
-"""The operations of RandAugment and 3-Augment on RGB Pillow pictures, equal to timm's pixels.
+"""The operations of RandAugment and 3-Augment on RGB pictures, equal to timm's pixels.
 
 An operation is called as operation(image, level, sign, filter): the level in
 [0, 10] sets the strength, the sign (1 or -1) the direction, where it has one.
@@ -6,14 +6,21 @@ An operation is called as operation(image, level, sign, filter): the level in
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 FILL = (124, 116, 104)  # the ImageNet mean, where a moved picture leaves nothing
 
-Operation = Callable[[Image.Image, float, int, Image.Resampling], Image.Image]
-Warp = Callable[[Image.Image, tuple[float, ...], Image.Resampling], Image.Image]
-Sharpness = Callable[[Image.Image, float], Image.Image]
+Picture = Any  # Pillow's, or a backend's own with its size, width, height and pillow()
+Operation = Callable[[Picture, float, int, Image.Resampling], Picture]
+Warp = Callable[[Picture, tuple[float, ...], Image.Resampling], Picture]
+Sharpness = Callable[[Picture, float], Picture]
+
+
+def pillow(picture: Picture) -> Image.Image:
+    """Returns a picture of either backend as Pillow's."""
+    return picture if isinstance(picture, Image.Image) else picture.pillow()
 
 
 def warp(
@@ -33,44 +40,44 @@ def rotation(size: tuple[int, int], degrees: float) -> tuple[float, ...]:
     return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
 
 
-def _lookup(image: Image.Image, table: list[int]) -> Image.Image:
-    return image.point(table * 3)
+def _lookup(image: Picture, table: list[int]) -> Image.Image:
+    return pillow(image).point(table * 3)
 
 
-def posterize(image: Image.Image, bits: int) -> Image.Image:
+def posterize(image: Picture, bits: int) -> Image.Image:
     """Keeps the highest bits of each value; zero bits leave black."""
     mask = 256 - (1 << (8 - bits))
     return _lookup(image, [value & mask for value in range(256)])
 
 
-def solarize(image: Image.Image, threshold: int) -> Image.Image:
+def solarize(image: Picture, threshold: int) -> Image.Image:
     """Inverts the values from a threshold on."""
     return _lookup(image, [v if v < threshold else 255 - v for v in range(256)])
 
 
-def solarize_add(image: Image.Image, added: int) -> Image.Image:
+def solarize_add(image: Picture, added: int) -> Image.Image:
     """Adds to the values below 128."""
     return _lookup(image, [min(255, v + added) if v < 128 else v for v in range(256)])
 
 
-def invert(image: Image.Image) -> Image.Image:
+def invert(image: Picture) -> Image.Image:
     """Inverts each value."""
     return _lookup(image, [255 - value for value in range(256)])
 
 
-def color(image: Image.Image, factor: float) -> Image.Image:
+def color(image: Picture, factor: float) -> Image.Image:
     """Blends with the greyscale picture; 0 is grey, 1 no change."""
-    return ImageEnhance.Color(image).enhance(factor)
+    return ImageEnhance.Color(pillow(image)).enhance(factor)
 
 
-def contrast(image: Image.Image, factor: float) -> Image.Image:
+def contrast(image: Picture, factor: float) -> Image.Image:
     """Blends with the mean grey; 0 is the mean, 1 no change."""
-    return ImageEnhance.Contrast(image).enhance(factor)
+    return ImageEnhance.Contrast(pillow(image)).enhance(factor)
 
 
-def brightness(image: Image.Image, factor: float) -> Image.Image:
+def brightness(image: Picture, factor: float) -> Image.Image:
     """Blends with black; 0 is black, 1 no change."""
-    return ImageEnhance.Brightness(image).enhance(factor)
+    return ImageEnhance.Brightness(pillow(image)).enhance(factor)
 
 
 def sharpness(image: Image.Image, factor: float) -> Image.Image:
@@ -78,9 +85,9 @@ def sharpness(image: Image.Image, factor: float) -> Image.Image:
     return ImageEnhance.Sharpness(image).enhance(factor)
 
 
-def gaussian_blur(image: Image.Image, radius: float) -> Image.Image:
+def gaussian_blur(image: Picture, radius: float) -> Image.Image:
     """Blurs with Pillow's approximation of a Gaussian of that standard deviation, in pixels."""
-    return image.filter(ImageFilter.GaussianBlur(radius))
+    return pillow(image).filter(ImageFilter.GaussianBlur(radius))
 
 
 def _plain_factor(level: float) -> float:
@@ -123,8 +130,8 @@ def operations(warp: Warp, sharpness: Sharpness) -> dict[str, Operation]:
 
 
 _IN_PLACE: dict[str, Operation] = {
-    "AutoContrast": lambda image, level, sign, filter_: ImageOps.autocontrast(image),
-    "Equalize": lambda image, level, sign, filter_: ImageOps.equalize(image),
+    "AutoContrast": lambda image, level, sign, filter_: ImageOps.autocontrast(pillow(image)),
+    "Equalize": lambda image, level, sign, filter_: ImageOps.equalize(pillow(image)),
     "Invert": lambda image, level, sign, filter_: invert(image),
     "Posterize": lambda image, level, sign, filter_: posterize(image, _bits(level)),
     "PosterizeIncreasing": lambda i, level, s, f: posterize(i, max(4 - _bits(level), 0)),

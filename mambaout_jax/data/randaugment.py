@@ -1,4 +1,4 @@
-"""RandAugment, 3-Augment and timm's policy strings, on Pillow pictures.
+"""RandAugment, 3-Augment and timm's policy strings.
 
 Sources: Cubuk et al., "RandAugment" (arXiv 1909.13719); Touvron et al., "DeiT III" (arXiv
 2204.07118); the strings, levels and operation sets are those of timm.
@@ -103,7 +103,7 @@ class RandAugment:
     magnitude_std: float = 0.0
     magnitude_max: float = 10.0
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: image_ops.Picture, rng: np.random.Generator) -> image_ops.Picture:
         """Returns the augmented RGB picture; every draw comes from `rng`."""
         if self.weights is None:
             chosen = rng.integers(len(self.operations), size=self.layers)
@@ -131,7 +131,7 @@ class RandAugment:
 class ThreeAugment:
     """3-Augment of DeiT III: greyscale, solarisation or Gaussian blur, one with even odds."""
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: image_ops.Picture, rng: np.random.Generator) -> Image.Image:
         """Returns the augmented RGB picture; every draw comes from `rng`."""
         choice = rng.integers(3)
         if choice == 0:
@@ -145,7 +145,7 @@ class ThreeAugment:
 class NoPolicy:
     """Leaves the picture as it is."""
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def __call__(self, image: image_ops.Picture, rng: np.random.Generator) -> image_ops.Picture:
         """Returns the picture itself."""
         del rng
         return image
