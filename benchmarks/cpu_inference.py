@@ -30,12 +30,14 @@ def ours(model: str, batch: int, depthwise: str) -> tuple[Callable[[], object], 
     import jax.numpy as jnp
 
     import mambaout_jax
+    from mambaout_jax.ops.compiler import compiler_options
 
     network = mambaout_jax.create_model(model, depthwise=depthwise)
     images = jax.random.normal(jax.random.key(0), (batch, _SIZE, _SIZE, 3), jnp.float32)
     params = jax.jit(network.init)(jax.random.key(0), images[:1])
     started = time.perf_counter()
-    apply = jax.jit(network.apply).lower(params, images).compile()
+    apply = jax.jit(network.apply, compiler_options=compiler_options("cpu"))
+    apply = apply.lower(params, images).compile()
     seconds = time.perf_counter() - started
     return lambda: apply(params, images).block_until_ready(), seconds
 
