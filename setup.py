@@ -45,7 +45,7 @@ setup(
     packages=find_packages(include=["mambaout_jax", "mambaout_jax.*"]),
     package_data={"mambaout_jax.data.digits": ["1.0.0/*"], "mambaout_jax.labels": ["*.tsv"]},
     install_requires=[
-        "jax>=0.7.2",
+        "jax>=0.8.3",
         "flax>=0.12",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.25",
