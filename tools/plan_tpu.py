@@ -2,8 +2,9 @@
 
     python tools/plan_tpu.py --config=configs/base.py --topology=v5e:16x16
 
-Prints a chip's memory, the collectives, the estimated time of a step and of the whole run. Keys
-are changed with --config.key=value. It takes libtpu: pip install 'mambaout_jax[plan]'.
+Prints a chip's memory, the collectives, the estimated time of a step and of the whole run,
+and with --price=1.20 what the run costs. Keys are changed with --config.key=value. It takes libtpu:
+pip install 'mambaout_jax[plan]'.
 """
 
 import sys

@@ -8,17 +8,10 @@ import numpy as np
 from PIL import Image
 
 from mambaout_jax.data import decoding, image_ops
+from mambaout_jax.data.image_ops import Picture
 from mambaout_jax.errors import UserError
 
 _LIBRARIES = ("simplejpeg", "numba")  # of the fast backend
-
-
-class Picture(Protocol):
-    """A picture, of Pillow or of the backend's own kind."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) in pixels."""
 
 
 class Backend(Protocol):

@@ -127,7 +127,8 @@ def _resize(
 
 
 @compiled
-def _rgb(pixels: np.ndarray) -> np.ndarray:
+def rgb(pixels: np.ndarray) -> np.ndarray:
+    """Returns uint32 [H, W] as uint8 [H, W, 3]."""
     height, width = pixels.shape
     source = pixels.view(np.uint8)
     result = np.empty((height, width * 3), np.uint8)
@@ -164,8 +165,3 @@ def resize(
     columns_first = _COLUMNS_FIRST and shorter > 0 and shorter > 2 * narrower
     bicubic = filter_ == Image.Resampling.BICUBIC
     return _resize(pixels, box, size, bicubic, mirrored, columns_first)
-
-
-def rgb(pixels: np.ndarray) -> np.ndarray:
-    """Returns uint32 [H, W] as uint8 [H, W, 3]."""
-    return _rgb(pixels)

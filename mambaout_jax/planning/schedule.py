@@ -61,6 +61,9 @@ def count_kernels(kernels: Collection[Kernel], topology: str) -> dict[Kernel, in
 
     In a process of its own, since libtpu writes the schedules of everything that its process
     compiles: of a whole step, that takes as long as compiling it.
+
+    Raises:
+        ValueError: when libtpu writes a kernel's schedule otherwise than expected.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_count_kernels, tuple(kernels), topology).result()
@@ -86,9 +89,8 @@ def _count(kernel: Kernel, device: Any, dumps: Path) -> int:
         second = x
     before = set(dumps.iterdir())
     jax.jit(function).lower(x, second).compile()
-    (path,) = (
-        path
-        for path in set(dumps.iterdir()) - before
-        if re.fullmatch(rf"\d+-{kernel.name}[.\d]*-\d+-final_bundles.txt", path.name)
-    )
-    return count_cycles(path.read_text(errors="replace"))
+    schedule = re.compile(rf"\d+-{kernel.name}[.\d]*-\d+-final_bundles.txt")
+    paths = [path for path in set(dumps.iterdir()) - before if schedule.fullmatch(path.name)]
+    if len(paths) != 1:
+        raise ValueError(f"libtpu wrote {len(paths)} schedules of {kernel}, not one")
+    return count_cycles(paths[0].read_text(errors="replace"))
