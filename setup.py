@@ -12,7 +12,7 @@ extras = {
     "verify": ["torch>=2.6", "timm>=1.0.14"],
     "wandb": ["wandb>=0.19"],
     "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=3"],
-    "fast": ["simplejpeg>=1.9", "numba>=0.63"],
+    "fast": ["numba>=0.63", "turbojpeg>=0.0.2; python_version < '3.14'"],
     "prepare": ["tensorflow", "apache-beam", "mlcroissant", "importlib_resources"],
     "export": ["flatbuffers>=24"],
     "demo": ["gradio>=5"],

@@ -9,14 +9,20 @@ from PIL import Image
 from configs import default
 from mambaout_jax.data import image_ops
 from mambaout_jax.data.augment import TrainTransform
-from mambaout_jax.data.backends import FastBackend, PillowBackend
+from mambaout_jax.data.backends import PillowBackend, open_backend
 from mambaout_jax.data.decoding import BadImageError
 
 pytest.importorskip("numba", reason="needs pip install -e '.[fast]'")
-pytest.importorskip("simplejpeg", reason="needs pip install -e '.[fast]'")
+from mambaout_jax.data.fast import turbojpeg
+from mambaout_jax.data.fast.backend import FastBackend, _Undecoded
+
+needs_turbojpeg = pytest.mark.skipif(
+    turbojpeg.library() is None, reason="needs libjpeg-turbo 3: pip install turbojpeg"
+)
 
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 BOTH = FAST, PILLOW = FastBackend(), PillowBackend()
+OPERATIONS = [image_ops.operations(backend) for backend in BOTH]
 
 
 def noise(width, height, seed=0):
@@ -63,7 +69,7 @@ def test_warps_are_pillows(filter_):
         image = noise(*rng.integers(1, 60, 2), seed)
         moved = rng.normal(size=6) * (0.3, 0.3, 9, 0.3, 0.3, 9) * rng.integers(0, 2, 6)
         coefficients = tuple(float(value) for value in np.array([1, 0, 0, 0, 1, 0]) + moved)
-        expected = image_ops.warp(image, coefficients, filter_)
+        expected = PILLOW.warp(image, coefficients, filter_)
         assert_same(FAST.warp(image, coefficients, filter_), expected, str(coefficients))
 
 
@@ -73,38 +79,84 @@ def test_turns_are_pillows(filter_):
         image = noise(48, 48 if degrees % 90 == 0 else 37, seed)
         expected = image.rotate(degrees, resample=filter_, fillcolor=image_ops.FILL)
         coefficients = image_ops.rotation(image.size, degrees)
-        assert_same(image_ops.warp(image, coefficients, filter_), expected, str(degrees))
+        assert_same(PILLOW.warp(image, coefficients, filter_), expected, str(degrees))
         assert_same(FAST.warp(image, coefficients, filter_), expected, str(degrees))
 
 
-def test_sharpness_is_pillows():
+@pytest.mark.parametrize("name", ["color", "contrast", "sharpness"])
+def test_blends_are_pillows(name):
     rng = np.random.default_rng(0)
     for seed in range(40):
         image, factor = noise(*rng.integers(1, 60, 2), seed), float(rng.uniform(0.0, 2.5))
         factor = (0.0, 1.0, factor)[min(seed, 2)]
-        assert_same(FAST.sharpness(image, factor), image_ops.sharpness(image, factor), str(factor))
+        assert_same(*(getattr(backend, name)(image, factor) for backend in BOTH), str(factor))
 
 
-@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
-def test_rows_that_are_left_out_change_none_that_are(subsampling, options):
-    for width, height in ((83, 75), (64, 48)):
-        file = jpeg(noise(width, height), subsampling=subsampling, **options)
+def with_few_values(image, seed):
+    """The picture with a narrower range, a single colour, or few values of very uneven counts."""
+    pixels = np.array(image)
+    if seed % 4 == 1:
+        return Image.fromarray(pixels // 3 + 40)
+    if seed % 4 == 2:
+        return Image.new("RGB", image.size, tuple(map(int, pixels[0, 0])))
+    if seed % 4 == 3:
+        return Image.fromarray(np.where(pixels < 250, 7, pixels).astype(np.uint8))
+    return image
+
+
+@pytest.mark.parametrize("name", sorted(image_ops.OPERATIONS))
+def test_every_operation_is_pillows(name):
+    rng = np.random.default_rng(0)
+    for seed in range(24):
+        image = with_few_values(noise(*rng.integers(1, 60, 2), seed), seed)
+        level, sign = (0.0, 10.0, float(rng.uniform(0, 10)))[min(seed, 2)], 1 - 2 * (seed % 2)
+        results = (table[name](image, level, sign, FILTERS[seed % 2]) for table in OPERATIONS)
+        assert_same(*results, f"seed {seed}, level {level}, sign {sign}")
+
+
+@needs_turbojpeg
+@pytest.mark.parametrize("sampling", ["Y444", "Y422", "Y420", "Y440", "Y411", "Y441"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restartrows": 1}])
+def test_crops_are_decoded_to_pillows_pixels(sampling, options):
+    writer = pytest.importorskip("turbojpeg")  # of more samplings than Pillow writes
+    rng = np.random.default_rng(0)
+    for width, height in ((83, 75), (64, 48), (17, 16), (1, 3)):
+        pixels = np.asarray(noise(width, height))
+        file = writer.compress(pixels, 90, getattr(writer.SAMP, sampling), **options)
         expected = PILLOW.open(file, "x")
         picture = FAST.open(file, "x")
+        assert isinstance(picture, _Undecoded)
         assert picture.size == (width, height)
-        for bottom in range(1, height + 1):
-            box, size = (0, 0, width, bottom), (width, bottom)  # resized to itself
+        boxes = [(0, 0, width, bottom) for bottom in range(1, height + 1)]
+        boxes += [(left, height // 2, width, height) for left in range(width)]
+        boxes += [(0, height // 3, right, height) for right in range(1, width + 1)]
+        for _ in range(100):
+            left, top = rng.integers((width, height))
+            right, bottom = rng.integers((left, top), (width, height)) + 1
+            boxes.append((int(left), int(top), int(right), int(bottom)))
+        for box in boxes:
+            size = (box[2] - box[0], box[3] - box[1])  # resized to itself
             fast = FAST.resized_crop(picture, box, size, FILTERS[0])
-            assert_same(fast, expected.crop(box), f"{height} rows down to {bottom}")
+            assert_same(fast, expected.crop(box), f"{width}x{height}: {box}")
 
 
-def test_rows_that_are_not_needed_are_not_decoded():
-    from mambaout_jax.data import fast_decode
+@needs_turbojpeg
+def test_what_the_crop_throws_away_is_not_decoded():
+    from mambaout_jax.data.fast import decode
 
-    file = jpeg(noise(64, 128))
-    assert fast_decode.decode_rows(file, 128, 20).shape == (22, 64)
-    assert fast_decode.decode_rows(file, 128, 127).shape == (128, 64)
+    file = jpeg(noise(256, 128))  # in blocks of 16 pixels
+    pixels, box = decode.Jpeg(file).decode_crop((100, 50, 150, 90))
+    assert pixels.shape == (2 + 40 + 2, 4 + 50 + 2)  # from column 96, the block's first
+    assert box == (4, 2, 54, 42)
+    assert decode.Jpeg(file).decode_crop((0, 0, 256, 128))[0].shape == (128, 256)
+
+
+@needs_turbojpeg
+def test_without_libjpeg_turbo_pillow_decodes(monkeypatch):
+    monkeypatch.setattr(turbojpeg, "library", lambda: None)
+    file = jpeg(noise(64, 48))
+    assert isinstance(FAST.open(file, "x"), Image.Image)
+    assert_same(*(cut(backend, file, (3, 4, 33, 24), (30, 20)) for backend in BOTH))
 
 
 def test_other_files_are_pillows():
@@ -145,3 +197,8 @@ def test_the_whole_transform_is_the_same(policy, jitter):
         transform = TrainTransform(config)
         pictures.append([transform(files[s % 4], np.random.default_rng(s), "x") for s in range(80)])
     np.testing.assert_array_equal(*pictures)
+
+
+def test_the_fast_backend_is_taken_where_it_can_be():
+    assert isinstance(open_backend("auto"), FastBackend)
+    assert isinstance(open_backend("fast"), FastBackend)

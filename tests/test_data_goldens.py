@@ -40,3 +40,10 @@ def test_posterize_with_zero_bits_answers_black():
     image = Image.fromarray(np.full((4, 4, 3), 255, np.uint8))
     black = image_ops.OPERATIONS["PosterizeIncreasing"](image, 10.0, 1, Image.Resampling.BICUBIC)
     assert not np.asarray(black).any()
+
+
+@pytest.mark.parametrize("level", [20.0, 25.0, 30.0])
+def test_posterize_beyond_eight_bits_changes_nothing(level):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    same = image_ops.OPERATIONS["Posterize"](image, level, 1, Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(same), np.asarray(image))

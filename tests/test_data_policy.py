@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mambaout_jax.data import image_ops, randaugment
 from mambaout_jax.data.randaugment import parse_policy
@@ -103,8 +103,8 @@ def test_weighted_sets_draw_without_replacement(calls):
 
 def test_three_augment_takes_one_of_three_with_even_odds():
     policy, rng = parse_policy("3a", BICUBIC), np.random.default_rng(0)
-    solarized = image_ops.solarize(PICTURE, 128).tobytes()
-    grey = image_ops.color(PICTURE, 0.0).tobytes()
+    solarized = ImageOps.solarize(PICTURE, 128).tobytes()
+    grey = PICTURE.convert("L").convert("RGB").tobytes()
     forms = {solarized: "solarized", grey: "grey"}
     counts = Counter(forms.get(policy(PICTURE, rng).tobytes(), "blurred") for _ in range(600))
     assert_frequencies(counts, dict.fromkeys(("solarized", "grey", "blurred"), 1 / 3), 600)

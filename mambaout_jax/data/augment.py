@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from mambaout_jax.data import backends, image_ops, randaugment
 from mambaout_jax.errors import UserError
@@ -50,7 +50,7 @@ class TrainTransform:
         self._policy = randaugment.parse_policy(
             augment.policy,
             self._filters,
-            image_ops.operations(self._backend.warp, self._backend.sharpness),
+            image_ops.operations(self._backend),
         )
 
     def __call__(self, file_bytes: bytes, rng: np.random.Generator, name: str) -> np.ndarray:
@@ -75,7 +75,7 @@ class TrainTransform:
         image = self._backend.resized_crop(picture, box, size, filter_, mirrored)
         image = self._policy(image, rng)
         if self._jitter:
-            image = color_jitter(image_ops.pillow(image), self._jitter, rng)
+            image = color_jitter(image, self._jitter, rng, self._backend)
         return np.asarray(image)
 
 
@@ -118,22 +118,32 @@ def draw_crop(
     return left, top, left + w, top + h
 
 
-def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+def color_jitter(
+    picture: image_ops.Picture,
+    strength: float,
+    rng: np.random.Generator,
+    pixels: image_ops.Pixels,
+) -> image_ops.Picture:
     """Changes brightness, contrast and saturation, in a drawn order.
 
     Args:
-      image: mode RGB.
+      picture: the library's own.
       strength: each factor is uniform in [max(0, 1 - strength), 1 + strength].
       rng: where every draw comes from.
+      pixels: the library that does it.
 
     Returns:
       The changed picture.
     """
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for index in rng.permutation(len(enhancers)):
+    for index in rng.permutation(3):
         factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
-        image = enhancers[index](image).enhance(factor)
-    return image
+        if index == 0:
+            picture = pixels.lookup(picture, image_ops.brightened(factor))
+        elif index == 1:
+            picture = pixels.contrast(picture, factor)
+        else:
+            picture = pixels.color(picture, factor)
+    return picture
 
 
 def _interval(key: str, bounds: tuple[float, float]) -> tuple[float, float]:

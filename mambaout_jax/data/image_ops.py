@@ -6,30 +6,85 @@ An operation is called as operation(image, level, sign, filter): the level in
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 FILL = (124, 116, 104)  # the ImageNet mean, where a moved picture leaves nothing
+RAMP = Image.frombytes("L", (256, 1), bytes(range(256)))  # each value once
 
-Picture = Any  # Pillow's, or a backend's own with its size, width, height and pillow()
+Picture = Any  # Pillow's, or another library's with its size, width and height
 Operation = Callable[[Picture, float, int, Image.Resampling], Picture]
-Warp = Callable[[Picture, tuple[float, ...], Image.Resampling], Picture]
-Sharpness = Callable[[Picture, float], Picture]
 
 
-def pillow(picture: Picture) -> Image.Image:
-    """Returns a picture of either backend as Pillow's."""
-    return picture if isinstance(picture, Image.Image) else picture.pillow()
+class Pixels(Protocol):
+    """What a library does to pixels; the operations below say how much of it."""
+
+    def warp(
+        self, picture: Picture, coefficients: tuple[float, ...], filter_: Image.Resampling
+    ) -> Picture:
+        """Takes pixel (x, y) from (ax + by + c, dx + ey + f); outside lies the fill colour."""
+
+    def lookup(self, picture: Picture, table: bytes) -> Picture:
+        """Replaces each value by what stands in its place in a table of 256."""
+
+    def color(self, picture: Picture, factor: float) -> Picture:
+        """Blends with the greyscale picture; 0 is grey, 1 no change."""
+
+    def contrast(self, picture: Picture, factor: float) -> Picture:
+        """Blends with the mean grey; 0 is the mean, 1 no change."""
+
+    def sharpness(self, picture: Picture, factor: float) -> Picture:
+        """Blends with a smoothed picture; 0 is smooth, 1 no change."""
+
+    def autocontrast(self, picture: Picture) -> Picture:
+        """Stretches each colour to the whole range."""
+
+    def equalize(self, picture: Picture) -> Picture:
+        """Spreads each colour evenly over the range."""
+
+    def gaussian_blur(self, picture: Picture, radius: float) -> Picture:
+        """Blurs with Pillow's approximation of a Gaussian of that standard deviation, in pixels."""
 
 
-def warp(
-    image: Image.Image, coefficients: tuple[float, ...], filter_: Image.Resampling
-) -> Image.Image:
-    """Takes pixel (x, y) from (ax + by + c, dx + ey + f); outside lies the fill colour."""
-    return image.transform(
-        image.size, Image.Transform.AFFINE, coefficients, resample=filter_, fillcolor=FILL
-    )
+class PillowPixels:
+    """The reference's own library; see `Pixels`."""
+
+    def warp(
+        self, picture: Image.Image, coefficients: tuple[float, ...], filter_: Image.Resampling
+    ) -> Image.Image:
+        """See `Pixels`."""
+        return picture.transform(
+            picture.size, Image.Transform.AFFINE, coefficients, resample=filter_, fillcolor=FILL
+        )
+
+    def lookup(self, picture: Image.Image, table: bytes) -> Image.Image:
+        """See `Pixels`."""
+        return picture.point(table * 3)
+
+    def color(self, picture: Image.Image, factor: float) -> Image.Image:
+        """See `Pixels`."""
+        return ImageEnhance.Color(picture).enhance(factor)
+
+    def contrast(self, picture: Image.Image, factor: float) -> Image.Image:
+        """See `Pixels`."""
+        return ImageEnhance.Contrast(picture).enhance(factor)
+
+    def sharpness(self, picture: Image.Image, factor: float) -> Image.Image:
+        """See `Pixels`."""
+        return ImageEnhance.Sharpness(picture).enhance(factor)
+
+    def autocontrast(self, picture: Image.Image) -> Image.Image:
+        """See `Pixels`."""
+        return ImageOps.autocontrast(picture)
+
+    def equalize(self, picture: Image.Image) -> Image.Image:
+        """See `Pixels`."""
+        return ImageOps.equalize(picture)
+
+    def gaussian_blur(self, picture: Image.Image, radius: float) -> Image.Image:
+        """See `Pixels`."""
+        return picture.filter(ImageFilter.GaussianBlur(radius))
 
 
 def rotation(size: tuple[int, int], degrees: float) -> tuple[float, ...]:
@@ -40,54 +95,25 @@ def rotation(size: tuple[int, int], degrees: float) -> tuple[float, ...]:
     return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
 
 
-def _lookup(image: Picture, table: list[int]) -> Image.Image:
-    return pillow(image).point(table * 3)
+def posterized(bits: int) -> bytes:
+    """Returns the table that keeps the highest bits of each value; zero bits leave black."""
+    mask = 256 - (1 << max(8 - bits, 0))
+    return bytes(value & mask for value in range(256))
 
 
-def posterize(image: Picture, bits: int) -> Image.Image:
-    """Keeps the highest bits of each value; zero bits leave black."""
-    mask = 256 - (1 << (8 - bits))
-    return _lookup(image, [value & mask for value in range(256)])
+def solarized(threshold: int) -> bytes:
+    """Returns the table that inverts the values from a threshold on."""
+    return bytes(v if v < threshold else 255 - v for v in range(256))
 
 
-def solarize(image: Picture, threshold: int) -> Image.Image:
-    """Inverts the values from a threshold on."""
-    return _lookup(image, [v if v < threshold else 255 - v for v in range(256)])
+def brightened_below_half(added: int) -> bytes:
+    """Returns the table that adds to the values below 128."""
+    return bytes(min(255, v + added) if v < 128 else v for v in range(256))
 
 
-def solarize_add(image: Picture, added: int) -> Image.Image:
-    """Adds to the values below 128."""
-    return _lookup(image, [min(255, v + added) if v < 128 else v for v in range(256)])
-
-
-def invert(image: Picture) -> Image.Image:
-    """Inverts each value."""
-    return _lookup(image, [255 - value for value in range(256)])
-
-
-def color(image: Picture, factor: float) -> Image.Image:
-    """Blends with the greyscale picture; 0 is grey, 1 no change."""
-    return ImageEnhance.Color(pillow(image)).enhance(factor)
-
-
-def contrast(image: Picture, factor: float) -> Image.Image:
-    """Blends with the mean grey; 0 is the mean, 1 no change."""
-    return ImageEnhance.Contrast(pillow(image)).enhance(factor)
-
-
-def brightness(image: Picture, factor: float) -> Image.Image:
-    """Blends with black; 0 is black, 1 no change."""
-    return ImageEnhance.Brightness(pillow(image)).enhance(factor)
-
-
-def sharpness(image: Image.Image, factor: float) -> Image.Image:
-    """Blends with a smoothed picture; 0 is smooth, 1 no change."""
-    return ImageEnhance.Sharpness(image).enhance(factor)
-
-
-def gaussian_blur(image: Picture, radius: float) -> Image.Image:
-    """Blurs with Pillow's approximation of a Gaussian of that standard deviation, in pixels."""
-    return pillow(image).filter(ImageFilter.GaussianBlur(radius))
+def brightened(factor: float) -> bytes:
+    """Returns the table that blends with black; 0 is black, 1 no change."""
+    return ImageEnhance.Brightness(RAMP).enhance(factor).tobytes()
 
 
 def _plain_factor(level: float) -> float:
@@ -110,42 +136,47 @@ def _unit(level: float) -> float:
     return min(level / 10, 1.0)
 
 
-def operations(warp: Warp, sharpness: Sharpness) -> dict[str, Operation]:
-    """Returns every operation by timm's name, by way of the two that backends differ in."""
-    return _IN_PLACE | {
-        "Rotate": lambda i, level, s, f: warp(i, rotation(i.size, s * level / 10 * 30), f),
+def operations(p: Pixels) -> dict[str, Operation]:
+    """Returns every operation by timm's name, done by the given library."""
+    return {
+        "AutoContrast": lambda image, level, sign, filter_: p.autocontrast(image),
+        "Equalize": lambda image, level, sign, filter_: p.equalize(image),
+        "Invert": lambda image, level, sign, filter_: p.lookup(image, solarized(0)),
+        "Posterize": lambda i, level, s, f: p.lookup(i, posterized(_bits(level))),
+        "PosterizeIncreasing": lambda i, level, s, f: p.lookup(
+            i, posterized(max(4 - _bits(level), 0))
+        ),
+        "Solarize": lambda i, level, s, f: p.lookup(i, solarized(_threshold(level))),
+        "SolarizeIncreasing": lambda i, level, s, f: p.lookup(
+            i, solarized(256 - _threshold(level))
+        ),
+        "SolarizeAdd": lambda i, level, s, f: p.lookup(
+            i, brightened_below_half(min(128, int(level / 10 * 110)))
+        ),
+        "Color": lambda i, level, s, f: p.color(i, _plain_factor(level)),
+        "ColorIncreasing": lambda i, level, s, f: p.color(i, _increasing_factor(level, s)),
+        "Contrast": lambda i, level, s, f: p.contrast(i, _plain_factor(level)),
+        "ContrastIncreasing": lambda i, level, s, f: p.contrast(i, _increasing_factor(level, s)),
+        "Brightness": lambda i, level, s, f: p.lookup(i, brightened(_plain_factor(level))),
+        "BrightnessIncreasing": lambda i, level, s, f: p.lookup(
+            i, brightened(_increasing_factor(level, s))
+        ),
+        "Sharpness": lambda i, level, s, f: p.sharpness(i, _plain_factor(level)),
+        "SharpnessIncreasing": lambda i, level, s, f: p.sharpness(i, _increasing_factor(level, s)),
+        "Desaturate": lambda i, level, s, f: p.color(i, 1 - (0.5 + 0.5 * _unit(level))),
+        "GaussianBlur": lambda i, level, s, f: p.gaussian_blur(i, 0.1 + 1.9 * _unit(level)),
+        "Rotate": lambda i, level, s, f: p.warp(i, rotation(i.size, s * level / 10 * 30), f),
         # a row moves left by the factor for each row down, a column up for each column right
-        "ShearX": lambda i, level, s, f: warp(i, (1, s * (level / 10 * 0.3), 0, 0, 1, 0), f),
-        "ShearY": lambda i, level, s, f: warp(i, (1, 0, 0, s * (level / 10 * 0.3), 1, 0), f),
+        "ShearX": lambda i, level, s, f: p.warp(i, (1, s * (level / 10 * 0.3), 0, 0, 1, 0), f),
+        "ShearY": lambda i, level, s, f: p.warp(i, (1, 0, 0, s * (level / 10 * 0.3), 1, 0), f),
         # by a part of the side
-        "TranslateXRel": lambda i, level, s, f: warp(
+        "TranslateXRel": lambda i, level, s, f: p.warp(
             i, (1, 0, s * (level / 10 * 0.45) * i.width, 0, 1, 0), f
         ),
-        "TranslateYRel": lambda i, level, s, f: warp(
+        "TranslateYRel": lambda i, level, s, f: p.warp(
             i, (1, 0, 0, 0, 1, s * (level / 10 * 0.45) * i.height), f
         ),
-        "Sharpness": lambda i, level, s, f: sharpness(i, _plain_factor(level)),
-        "SharpnessIncreasing": lambda i, level, s, f: sharpness(i, _increasing_factor(level, s)),
     }
 
 
-_IN_PLACE: dict[str, Operation] = {
-    "AutoContrast": lambda image, level, sign, filter_: ImageOps.autocontrast(pillow(image)),
-    "Equalize": lambda image, level, sign, filter_: ImageOps.equalize(pillow(image)),
-    "Invert": lambda image, level, sign, filter_: invert(image),
-    "Posterize": lambda image, level, sign, filter_: posterize(image, _bits(level)),
-    "PosterizeIncreasing": lambda i, level, s, f: posterize(i, max(4 - _bits(level), 0)),
-    "Solarize": lambda i, level, s, f: solarize(i, _threshold(level)),
-    "SolarizeIncreasing": lambda i, level, s, f: solarize(i, 256 - _threshold(level)),
-    "SolarizeAdd": lambda i, level, s, f: solarize_add(i, min(128, int(level / 10 * 110))),
-    "Color": lambda i, level, s, f: color(i, _plain_factor(level)),
-    "ColorIncreasing": lambda i, level, s, f: color(i, _increasing_factor(level, s)),
-    "Contrast": lambda i, level, s, f: contrast(i, _plain_factor(level)),
-    "ContrastIncreasing": lambda i, level, s, f: contrast(i, _increasing_factor(level, s)),
-    "Brightness": lambda i, level, s, f: brightness(i, _plain_factor(level)),
-    "BrightnessIncreasing": lambda i, level, s, f: brightness(i, _increasing_factor(level, s)),
-    "Desaturate": lambda i, level, s, f: color(i, 1 - (0.5 + 0.5 * _unit(level))),
-    "GaussianBlur": lambda i, level, s, f: gaussian_blur(i, 0.1 + 1.9 * _unit(level)),
-}
-
-OPERATIONS = operations(warp, sharpness)
+OPERATIONS = operations(PillowPixels())

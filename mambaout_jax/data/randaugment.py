@@ -131,14 +131,16 @@ class RandAugment:
 class ThreeAugment:
     """3-Augment of DeiT III: greyscale, solarisation or Gaussian blur, one with even odds."""
 
-    def __call__(self, image: image_ops.Picture, rng: np.random.Generator) -> Image.Image:
+    table: Mapping[str, image_ops.Operation]
+
+    def __call__(self, image: image_ops.Picture, rng: np.random.Generator) -> image_ops.Picture:
         """Returns the augmented RGB picture; every draw comes from `rng`."""
-        choice = rng.integers(3)
-        if choice == 0:
-            return image_ops.solarize(image, 128)
-        if choice == 1:
-            return image_ops.color(image, 0.0)
-        return image_ops.gaussian_blur(image, rng.uniform(0.1, 2.0))
+        name, level = (
+            ("Solarize", 5.0),  # from 128 on
+            ("Desaturate", 10.0),  # wholly
+            ("GaussianBlur", rng.uniform(0, 10)),  # a radius of 0.1 to 2
+        )[rng.integers(3)]
+        return self.table[name](image, level, 1, Image.Resampling.BICUBIC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +182,7 @@ def parse_policy(
     if text == "":
         return NoPolicy()
     if text == "3a":
-        return ThreeAugment()
+        return ThreeAugment(table)
     head, *sections = text.split("-")
     if head != "rand":
         raise UserError(f"augment.policy is {text!r}; it begins with 'rand', or is '3a' or empty.")

@@ -1,24 +1,14 @@
-"""Pillow's slow operations again, compiled by Numba: the same pixels, sooner.
+"""Pillow's affine transform again, compiled by Numba: the same pixels, sooner.
 
 Pictures are uint32 [H, W]: the bytes R, G, B and one that counts for nothing. Each function follows
 the arithmetic of Pillow's 8-bit code in the same order and precision, so that the pixels are equal.
 A row is handled as a whole, so that the compiler may use vectors.
 """
 
-import math
-
 import numpy as np
 from PIL import Image
 
-from mambaout_jax.data.fast_resize import compiled
-
-
-@compiled
-def _cubic(a: float, b: float, c: float, d: float, x: float) -> float:
-    p2 = -a + c
-    p3 = 2 * (a - b) + c - d
-    p4 = -a + b - c + d
-    return b + x * (p2 + x * (p3 + x * p4))
+from mambaout_jax.data.fast.compiling import compiled
 
 
 @compiled
@@ -31,10 +21,30 @@ def _blend(
             result[i] = values[1, i]
     elif bicubic:
         for i in range(len(x)):
-            result[i] = _cubic(values[0, i], values[1, i], values[2, i], values[3, i], x[i])
+            a, b, c, d = values[0, i], values[1, i], values[2, i], values[3, i]
+            p2 = -a + c
+            p3 = 2 * (a - b) + c - d
+            p4 = -a + b - c + d
+            result[i] = b + x[i] * (p2 + x[i] * (p3 + x[i] * p4))
     else:
         for i in range(len(x)):
             result[i] = values[1, i] + (values[2, i] - values[1, i]) * x[i]
+
+
+@compiled
+def _blend_integers(
+    values: np.ndarray, x: np.ndarray, moves: bool, bicubic: bool, result: np.ndarray
+) -> None:
+    """Does what `_blend` does, to int32 [4, n]: in integers as far as they go, which is exact."""
+    if not (moves and bicubic):
+        _blend(values, x, moves, bicubic, result)
+        return
+    for i in range(len(x)):
+        a, b, c, d = values[0, i], values[1, i], values[2, i], values[3, i]
+        p2 = np.int32(c - a)
+        p3 = np.int32(2 * (a - b) + c - d)
+        p4 = np.int32(b - a + d - c)
+        result[i] = b + x[i] * (p2 + x[i] * (p3 + x[i] * p4))
 
 
 @compiled
@@ -71,6 +81,13 @@ def _taps(moves: bool, bicubic: bool) -> tuple[int, int]:
 
 
 @compiled
+def _within(place: np.int32, step: int, size: int) -> np.int32:
+    """Returns place + step, or the nearest place inside."""
+    moved = np.int32(place + np.int32(step))
+    return np.int32(min(max(moved, np.int32(0)), np.int32(size - 1)))
+
+
+@compiled
 def _affine(pixels: np.ndarray, m: tuple, fill: int, bicubic: bool) -> np.ndarray:
     height, width = pixels.shape
     across = not (m[0] == 1.0 and m[1] == 0.0 and m[2] == 0.0)  # else each x is its own
@@ -81,7 +98,7 @@ def _affine(pixels: np.ndarray, m: tuple, fill: int, bicubic: bool) -> np.ndarra
     dxs, dys = np.empty(width), np.empty(width)
     columns, rows = np.empty((4, width), np.int32), np.empty(width, np.int32)
     values, lines = np.empty((3, 4, width), np.int32), np.empty((3, 4, width))
-    final = np.empty(width)
+    final, gathered = np.empty(width), np.empty(width, np.int32)
     result[:] = fill
     for row in range(height):
         start, stop = _inside(m, row, pixels.shape)
@@ -89,22 +106,24 @@ def _affine(pixels: np.ndarray, m: tuple, fill: int, bicubic: bool) -> np.ndarra
         for column in range(len(packed)):
             x, y = _origin(m, row, start + column)
             x, y = x - 0.5, y - 0.5
-            left[column], top[column] = np.int32(math.floor(x)), np.int32(math.floor(y))
+            left[column], top[column] = np.int32(np.floor(x)), np.int32(np.floor(y))
             dx[column], dy[column] = x - left[column], y - top[column]
         for i in range(*_taps(across, bicubic)):
             for column in range(len(packed)):
-                columns[i, column] = min(max(left[column] + np.int32(i - 1), 0), width - 1)
+                columns[i, column] = _within(left[column], i - 1, width)
         for j in range(*_taps(down, bicubic)):
             for column in range(len(packed)):
-                rows[column] = min(max(top[column] + np.int32(j - 1), 0), height - 1) * width
+                rows[column] = _within(top[column], j - 1, height) * np.int32(width)
             for i in range(*_taps(across, bicubic)):
                 for column in range(len(packed)):
-                    pixel = np.int32(source[rows[column] + columns[i, column]])
+                    gathered[column] = source[np.uint32(rows[column] + columns[i, column])]
+                for column in range(len(packed)):
+                    pixel = gathered[column]
                     values[0, i, column] = pixel & np.int32(255)
                     values[1, i, column] = (pixel >> np.int32(8)) & np.int32(255)
                     values[2, i, column] = (pixel >> np.int32(16)) & np.int32(255)
             for channel in range(3):
-                _blend(values[channel], dx, across, bicubic, lines[channel, j])
+                _blend_integers(values[channel], dx, across, bicubic, lines[channel, j])
         packed[:] = 0
         for channel in range(3):
             _blend(lines[channel], dy, down, bicubic, final)
@@ -112,31 +131,6 @@ def _affine(pixels: np.ndarray, m: tuple, fill: int, bicubic: bool) -> np.ndarra
                 value = np.uint32(np.int32(min(max(final[column], 0.0), 255.0)))
                 packed[column] |= value << np.uint32(8 * channel)
     return result
-
-
-@compiled
-def _sharpness(pixels: np.ndarray, factor: np.float32) -> np.ndarray:
-    height, width = pixels.shape
-    source = pixels.view(np.uint8)
-    result = source.copy()  # the border stays as it is
-    one, five = np.float32(1) / np.float32(13), np.float32(5) / np.float32(13)
-    for row in range(1, height - 1):
-        above, here, below = source[row - 1], source[row], source[row + 1]
-        for i in range(4, 4 * width - 4):
-            smooth = np.float32(0.5)
-            smooth += (np.float32(below[i - 4]) * one + np.float32(below[i]) * one) + np.float32(
-                below[i + 4]
-            ) * one
-            smooth += (np.float32(here[i - 4]) * one + np.float32(here[i]) * five) + np.float32(
-                here[i + 4]
-            ) * one
-            smooth += (np.float32(above[i - 4]) * one + np.float32(above[i]) * one) + np.float32(
-                above[i + 4]
-            ) * one
-            start = np.int32(min(smooth, np.float32(255)))
-            value = np.float32(start) + factor * np.float32(np.int32(here[i]) - start)
-            result[row, i] = np.uint8(np.int32(min(max(value, np.float32(0)), np.float32(255))))
-    return result.view(np.uint32)
 
 
 def affine(
@@ -160,16 +154,3 @@ def affine(
     red, green, blue = fill
     packed = red | green << 8 | blue << 16
     return _affine(pixels, matrix, packed, filter_ == Image.Resampling.BICUBIC)
-
-
-def sharpness(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with a smoothed picture as `PIL.ImageEnhance.Sharpness` does.
-
-    Args:
-      pixels: uint32 [H, W].
-      factor: 0 is smooth, 1 no change.
-
-    Returns:
-      uint32 [H, W].
-    """
-    return _sharpness(pixels, np.float32(factor))

@@ -5,24 +5,16 @@ the arithmetic of Pillow's 8-bit code, whose sums are integers, so that the pixe
 """
 
 import math
-from collections.abc import Callable
 
-import numba
 import numpy as np
 import PIL
 from PIL import Image
 
+from mambaout_jax.data.fast.compiling import compiled
+
 _BITS = 22  # of the fraction of a weight: 32 less 8 of the pixel and 2 to spare
 _COLUMNS_FIRST = int(PIL.__version__.partition(".")[0]) >= 13  # where that is less work
 _TILE = 8
-
-
-def compiled(function: Callable) -> Callable:
-    """Compiles with Numba, and keeps the result for the next start where there is a place to."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither this folder nor the user's own can be written to
-        return numba.njit(nogil=True)(function)
 
 
 @compiled

@@ -1,0 +1,104 @@
+"""The fast backend: Pillow's pixels by libjpeg-turbo and Numba."""
+
+import numpy as np
+from PIL import Image
+
+from mambaout_jax.data import decoding, image_ops
+from mambaout_jax.data.fast import colors, decode, resize, warp
+from mambaout_jax.data.image_ops import Picture
+
+
+class _Undecoded:
+    """A JPEG, and what a message calls it."""
+
+    def __init__(self, file_bytes: bytes, name: str):
+        self.jpeg = decode.Jpeg(file_bytes)
+        self.size = self.jpeg.size
+        self.file_bytes = file_bytes
+        self.name = name
+
+
+class _Words:
+    """A picture as the compiled functions take it: uint32 [H, W], which nobody writes to."""
+
+    def __init__(self, pixels: np.ndarray):
+        pixels.flags.writeable = False  # as those from Pillow, lest Numba compile for both
+        self.pixels = pixels
+        self.height, self.width = pixels.shape
+        self.size = self.width, self.height
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        del dtype, copy
+        return resize.rgb(self.pixels)
+
+
+class FastBackend:
+    """See `backends.Backend`. What it makes is a picture of packed pixels, whatever it is given.
+
+    Crops are decoded by libjpeg-turbo 3, which Pillow uses too, with the accurate transform and
+    smooth upsampling; where it is not installed, and of files that are no ordinary JPEG, Pillow
+    decodes the whole.
+    """
+
+    def open(self, file_bytes: bytes, name: str) -> Picture:
+        """See `backends.Backend`."""
+        try:
+            return _Undecoded(file_bytes, name)
+        except ValueError:  # Pillow decodes it, or says what is wrong with it
+            return decoding.decode(file_bytes, name)
+
+    def resized_crop(self, picture, box, size, filter_, mirrored=False) -> _Words:
+        """See `backends.Backend`."""
+        if isinstance(picture, _Undecoded):
+            try:
+                pixels, box = picture.jpeg.decode_crop(box)
+            except ValueError:
+                pixels = _pixels(decoding.decode(picture.file_bytes, picture.name))
+        else:
+            pixels = _pixels(picture)
+        return _Words(resize.resize(pixels, box, size, filter_, mirrored))
+
+    def warp(self, picture, coefficients, filter_) -> _Words:
+        """See `image_ops.Pixels`."""
+        return _Words(warp.affine(_pixels(picture), coefficients, filter_, image_ops.FILL))
+
+    def lookup(self, picture, table) -> _Words:
+        """See `image_ops.Pixels`."""
+        return _Words(colors.lookup(_pixels(picture), table))
+
+    def color(self, picture, factor) -> _Words:
+        """See `image_ops.Pixels`."""
+        return _Words(colors.color(_pixels(picture), factor))
+
+    def contrast(self, picture, factor) -> _Words:
+        """See `image_ops.Pixels`."""
+        pixels = _pixels(picture)
+        mean = Image.new("L", image_ops.RAMP.size, colors.mean_grey(pixels))
+        return _Words(colors.lookup(pixels, Image.blend(mean, image_ops.RAMP, factor).tobytes()))
+
+    def sharpness(self, picture, factor) -> _Words:
+        """See `image_ops.Pixels`."""
+        return _Words(colors.sharpness(_pixels(picture), factor))
+
+    def autocontrast(self, picture) -> _Words:
+        """See `image_ops.Pixels`."""
+        return _Words(colors.autocontrast(_pixels(picture)))
+
+    def equalize(self, picture) -> _Words:
+        """See `image_ops.Pixels`."""
+        return _Words(colors.equalize(_pixels(picture)))
+
+    def gaussian_blur(self, picture, radius) -> _Words:
+        """See `image_ops.Pixels`; Pillow's own is as fast."""
+        pixels = _pixels(picture)
+        size = pixels.shape[1], pixels.shape[0]
+        image = Image.frombytes("RGB", size, pixels, "raw", "RGBX")
+        return _Words(_pixels(image_ops.PillowPixels().gaussian_blur(image, radius)))
+
+
+def _pixels(picture: Image.Image | _Words) -> np.ndarray:
+    """Returns a picture as uint32 [H, W]."""
+    if isinstance(picture, _Words):
+        return picture.pixels
+    data = np.frombuffer(picture.tobytes("raw", "RGBX"), np.uint32)
+    return data.reshape(picture.height, picture.width)
