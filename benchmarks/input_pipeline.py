@@ -8,8 +8,10 @@ environment of its own:
   python -m venv /tmp/timm && /tmp/timm/bin/pip install timm torch torchvision
   python benchmarks/input_pipeline.py --timm_python=/tmp/timm/bin/python
 
-Wall time depends on what else the machine does; processor time (user and system, of the loader and
-its workers) a picture does less. `--memory` follows the resident memory of our side instead.
+"ours" makes its pictures in as many threads as timm has worker processes, "ours+processes" in worker
+processes too, "ours+pillow" in threads without the extra `fast`. Wall time depends on what else the
+machine does; processor time (user and system, of the loader and its workers) a picture does less.
+`--memory` follows the resident memory of our side instead.
 """
 
 import argparse
@@ -27,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 _POLICIES = ("rand-m9-mstd0.5-inc1", "")
-_BATCH = 64
+_SIDES = ("ours", "ours+processes", "ours+pillow", "timm")
 _WARM_UP = 6  # batches
 
 
@@ -47,20 +49,23 @@ def write_pictures(directory: Path, count: int) -> None:
         (folder / f"{number:05d}.JPEG").write_bytes(file.getvalue())
 
 
-def our_batches(directory: str, workers: int, policy: str, backend: str):
+def our_batches(options: argparse.Namespace, policy: str):
     """Yields our training batches, endlessly."""
     from configs import default
     from mambaout_jax.data.pipeline import TrainBatches
 
     config = default.get_config()
-    config.data.update(source="folder", dir=directory, num_classes=1, workers=workers, threads=1)
-    config.data.backend = backend
+    config.data.update(source="folder", dir=options.directory, num_classes=1)
+    config.data.workers, config.data.threads = 0, options.workers[0]
+    if options.run == "ours+processes":
+        config.data.workers, config.data.threads = options.workers[0], options.threads
+    config.data.backend = "pillow" if options.run == "ours+pillow" else "fast"
     config.augment.policy = policy
-    config.batch_size = _BATCH
+    config.batch_size = options.batch
     yield from TrainBatches(config)
 
 
-def timm_batches(directory: str, workers: int, policy: str):
+def timm_batches(options: argparse.Namespace, policy: str):
     """Yields the uint8 batches of timm's loader, endlessly, before they go to the device."""
     import torch
     from PIL import ImageOps
@@ -72,12 +77,12 @@ def timm_batches(directory: str, workers: int, policy: str):
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
     torch.set_num_threads(1)
     loader = create_loader(
-        create_dataset("", root=directory, split="train", is_training=True),
+        create_dataset("", root=options.directory, split="train", is_training=True),
         input_size=(3, 224, 224),
-        batch_size=_BATCH,
+        batch_size=options.batch,
         is_training=True,
         use_prefetcher=True,
-        num_workers=workers,
+        num_workers=options.workers[0],
         persistent_workers=True,
         color_jitter=None,
         auto_augment=policy or None,
@@ -109,28 +114,28 @@ def _children() -> list[int]:
     return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
 
 
-def measure(batches, images: int) -> dict[str, float]:
+def measure(batches, images: int, batch: int) -> dict[str, float]:
     """Returns pictures a second and processor milliseconds a picture, after a warm-up."""
     for _ in range(_WARM_UP):
         next(batches)
-    steps = -(-images // _BATCH)
+    steps = -(-images // batch)
     wall, processor = time.monotonic(), processor_seconds()
     for _ in range(steps):
         next(batches)
     wall, processor = time.monotonic() - wall, processor_seconds() - processor
-    return {"rate": steps * _BATCH / wall, "cpu_ms": processor / (steps * _BATCH) * 1e3}
+    return {"rate": steps * batch / wall, "cpu_ms": processor / (steps * batch) * 1e3}
 
 
-def follow_memory(batches, images: int) -> None:
+def follow_memory(batches, images: int, batch: int) -> None:
     """Prints the resident memory as pictures go by."""
-    steps = images // _BATCH
+    steps = images // batch
     for step in range(steps + 1):
         next(batches)
         if step % max(steps // 20, 1) == 0:
-            print(f"{step * _BATCH:7d} pictures  {resident_mib():8.1f} MiB", flush=True)
+            print(f"{step * batch:7d} pictures  {resident_mib():8.1f} MiB", flush=True)
 
 
-def compare(options: argparse.Namespace, directory: str) -> None:
+def compare(options: argparse.Namespace) -> None:
     """Runs both sides in turns, and prints the medians."""
     print(f"{'policy':22s} {'workers':>7s} {'side':18s} {'images/s':>9s} {'CPU ms/image':>13s}")
     for workers in options.workers:
@@ -138,8 +143,9 @@ def compare(options: argparse.Namespace, directory: str) -> None:
         for _ in range(options.rounds):
             for side in options.sides:
                 python = options.timm_python if side == "timm" else sys.executable
-                command = [python, __file__, f"--directory={directory}", f"--run={side}"]
-                command += [f"--workers={workers}", f"--images={options.images}"]
+                command = [python, __file__, f"--directory={options.directory}", f"--run={side}"]
+                command += [f"--workers={workers}", f"--threads={options.threads}"]
+                command += [f"--batch={options.batch}", f"--images={options.images}"]
                 output = subprocess.run(command, capture_output=True, text=True, check=True)
                 for policy, result in json.loads(output.stdout.splitlines()[-1]).items():
                     runs.setdefault((policy, side), []).append(result)
@@ -152,20 +158,19 @@ def compare(options: argparse.Namespace, directory: str) -> None:
                 print(f"{label:22s} {workers:7d} {side:18s} {rate:9.0f} {cpu:13.2f}", flush=True)
 
 
-def open_batches(directory: str, options: argparse.Namespace, policy: str):
+def open_batches(options: argparse.Namespace, policy: str):
     """Returns the batches of the side that the options name, ours if none."""
-    if options.run == "timm":
-        return timm_batches(directory, options.workers[0], policy)
-    backend = "pillow" if options.run == "ours+pillow" else "auto"
-    return our_batches(directory, options.workers[0], policy, backend)
+    return timm_batches(options, policy) if options.run == "timm" else our_batches(options, policy)
 
 
 def main() -> None:
     """Compares both sides, or runs the one that the parent process asks for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--timm_python", default="python", help="of an environment with timm")
-    parser.add_argument("--sides", nargs="+", default=["ours", "ours+pillow", "timm"])
+    parser.add_argument("--sides", nargs="+", default=_SIDES)
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--threads", type=int, default=1, help='a process of "ours+processes"')
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1024, help="timed in a run")
     parser.add_argument("--pictures", type=int, default=512, help="written to the folder")
@@ -175,22 +180,22 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, os.fspath(Path(__file__).parents[1]))
     with tempfile.TemporaryDirectory() as temporary:
-        directory = options.directory or temporary
-        if not (Path(directory) / "train").exists():
-            write_pictures(Path(directory), options.pictures)
+        options.directory = options.directory or temporary
+        if not (Path(options.directory) / "train").exists():
+            write_pictures(Path(options.directory), options.pictures)
         if options.memory:
-            batches = open_batches(directory, options, _POLICIES[0])
-            follow_memory(batches, options.images)
+            batches = open_batches(options, _POLICIES[0])
+            follow_memory(batches, options.images, options.batch)
             batches.close()
         elif options.run:
             results = {}
             for policy in _POLICIES:
-                batches = open_batches(directory, options, policy)
-                results[policy] = measure(batches, options.images)
+                batches = open_batches(options, policy)
+                results[policy] = measure(batches, options.images, options.batch)
                 batches.close()
             print(json.dumps(results))
         else:
-            compare(options, directory)
+            compare(options)
 
 
 if __name__ == "__main__":
