@@ -30,11 +30,16 @@ from PIL import Image
 
 _POLICIES = ("rand-m9-mstd0.5-inc1", "")
 _SIDES = ("ours", "ours+processes", "ours+pillow", "timm")
+_NAMES = 32  # of each picture
 _WARM_UP = 6  # batches
 
 
 def write_pictures(directory: Path, count: int) -> None:
-    """Writes `count` JPEGs of 500x375 with detail at every scale, some 95 kB each."""
+    """Writes `count` JPEGs of 500x375 with detail at every scale, some 95 kB each.
+
+    Each is linked under further names: an epoch is longer than what is timed, since timm's workers
+    wait for each other at its end.
+    """
     folder = directory / "train" / "class"
     folder.mkdir(parents=True)
     for number in range(count):
@@ -46,7 +51,10 @@ def write_pictures(directory: Path, count: int) -> None:
             picture += np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) - 128.0
         file = io.BytesIO()
         Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-        (folder / f"{number:05d}.JPEG").write_bytes(file.getvalue())
+        path = folder / f"{number:05d}.JPEG"
+        path.write_bytes(file.getvalue())
+        for copy in range(1, _NAMES):
+            (folder / f"{number:05d}_{copy}.JPEG").hardlink_to(path)
 
 
 def our_batches(options: argparse.Namespace, policy: str):

@@ -30,8 +30,8 @@ def get_config() -> ConfigDict:
     config.data.eval_split = "validation"
     config.data.num_classes = 1000
     config.data.image_size = 224  # pixels, of training and of evaluation
-    config.data.workers = 0  # processes a host that decode and augment; 0: threads of this one
-    config.data.threads = 16  # threads a process that read and decode
+    config.data.workers = -1  # processes that decode and augment; 0: none, -1: one a core if over 4
+    config.data.threads = 4  # threads a process that read and decode
     config.data.backend = "auto"  # of training: "pillow", or "fast" where its extra is installed
 
     config.augment = ConfigDict()

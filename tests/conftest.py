@@ -21,5 +21,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def no_workers_unless_asked_for(monkeypatch):
+    """Tests make few pictures: worker processes, one a core by default, would take longer."""
+    monkeypatch.setattr("mambaout_jax.data.chunks.usable_cores", lambda: 2)

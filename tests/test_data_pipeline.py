@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from configs import default
+from mambaout_jax.data import chunks
 from mambaout_jax.data.pipeline import EvalBatches, TrainBatches
 from mambaout_jax.errors import UserError
 
@@ -139,7 +140,7 @@ def test_the_seed_fixes_everything():
         ({"batch_size": 2000}, "batch_size is 2000, but .* 1437 pictures"),
         ({"seed": -1}, "seed is -1"),
         ({"augment.repeats": 0}, "augment.repeats is 0"),
-        ({"data.workers": -1}, "data.workers is -1"),
+        ({"data.workers": -2}, "data.workers is -2"),
         ({"data.threads": 0}, "data.threads 0"),
     ],
 )
@@ -155,3 +156,23 @@ def test_batches_must_divide_over_processes():
         TrainBatches(digits_config(), process_count=7)
     with pytest.raises(UserError, match=r"eval.batch_size is 100; it must divide over 7"):
         EvalBatches(digits_config(), process_count=7)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "pictures", "expected"),
+    [
+        (2, -1, None, 0),
+        (4, -1, None, 0),
+        (16, -1, None, 16),
+        (224, -1, None, 64),
+        (16, -1, 50_000, 16),
+        (16, -1, 6_000, 4),
+        (16, -1, 360, 0),
+        (16, 3, 360, 3),
+        (16, 0, None, 0),
+    ],
+)
+def test_workers_follow_the_cores(monkeypatch, cores, workers, pictures, expected):
+    monkeypatch.setattr(chunks, "usable_cores", lambda: cores)
+    options = chunks.worker_options(digits_config(workers=workers).data, pictures)
+    assert options == (expected, 2)

@@ -1,5 +1,7 @@
 """Chunks of a batch, made ahead of time in threads or worker processes, and joined to batches."""
 
+import os
+
 import grain
 import jax
 import numpy as np
@@ -10,6 +12,9 @@ from mambaout_jax.errors import UserError
 
 CHUNK = 16  # pictures that a thread makes at a time, and that travel between processes at once
 _BATCHES_AHEAD = 2
+_FEW_CORES = 4  # that threads of one process keep busy, before they wait for Python's lock
+_MOST_WORKERS = 64  # whose chunks one process still joins
+_WORTH_A_WORKER = 1500  # pictures made in the seconds that a process takes to start
 
 
 def join_ahead(
@@ -40,14 +45,35 @@ def _keep_off_accelerators(worker_index: int, worker_count: int) -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def worker_options(data: ConfigDict) -> tuple[int, int]:
-    """Returns the numbers of worker processes and of threads, once they make sense."""
-    if data.workers < 0 or data.threads < 1:
+def worker_options(data: ConfigDict, pictures: int | None = None) -> tuple[int, int]:
+    """Returns the numbers of worker processes and of the threads of each.
+
+    Args:
+      data: the `data` part of the configuration.
+      pictures: how many are made before the workers end; None: no end is in sight.
+
+    Raises:
+      UserError: they make no sense.
+    """
+    if data.workers < -1 or data.threads < 1:
         raise UserError(
             f"data.workers is {data.workers} and data.threads {data.threads}; "
-            f"they are at least 0 and 1."
+            f"they are at least -1 (as many as there are cores) and 1."
         )
-    return data.workers, data.threads
+    workers = data.workers
+    if workers == -1:
+        cores = usable_cores()
+        workers = min(cores, _MOST_WORKERS) if cores > _FEW_CORES else 0
+        if pictures is not None:
+            workers = min(workers, pictures // _WORTH_A_WORKER)
+    return workers, data.threads
+
+
+def usable_cores() -> int:
+    """Returns how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def share(batch_size: int, process_count: int, key: str) -> int:

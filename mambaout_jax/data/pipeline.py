@@ -176,7 +176,7 @@ class EvalBatches:
         self.class_names = source.class_names
         self.name = source.name
         self._length = -(-self.num_examples // config.eval.batch_size)
-        self._workers = chunks.worker_options(config.data)
+        self._workers = chunks.worker_options(config.data, self.num_examples // process_count)
         self._make_chunk = pictures.MakeEvaluationChunk(
             source,
             preprocess.Preprocessing(
