@@ -8,10 +8,10 @@ environment of its own:
   python -m venv /tmp/timm && /tmp/timm/bin/pip install timm torch torchvision
   python benchmarks/input_pipeline.py --timm_python=/tmp/timm/bin/python
 
-"ours" makes its pictures in as many threads as timm has worker processes, "ours+processes" in worker
-processes too, "ours+pillow" in threads without the extra `fast`. Wall time depends on what else the
-machine does; processor time (user and system, of the loader and its workers) a picture does less.
-`--memory` follows the resident memory of our side instead.
+"ours" makes its pictures in as many threads as timm has worker processes, "ours+processes" in
+worker processes too, "ours+pillow" in threads without the extra `fast`. Wall time depends on what
+else the machine does; processor time (user and system, of the loader and its workers) a picture
+does less. `--memory` follows the resident memory of our side instead.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Order, resume and evaluation of the batches, bit for bit."""
 
+import grain
 import numpy as np
 import pytest
 
@@ -176,3 +177,31 @@ def test_workers_follow_the_cores(monkeypatch, cores, workers, pictures, expecte
     monkeypatch.setattr(chunks, "usable_cores", lambda: cores)
     options = chunks.worker_options(digits_config(workers=workers).data, pictures)
     assert options == (expected, 2)
+
+
+class NoState(grain.IterDataset):
+    """Chunks of one array, whose iterator refuses to tell a state, as one that has to wait would."""
+
+    def __iter__(self):
+        return NoStateIterator()
+
+
+class NoStateIterator(grain.DatasetIterator):
+    count = 0
+
+    def __next__(self):
+        self.count += 1
+        return {"label": np.array([self.count]), "damages": []}
+
+    def get_state(self):
+        raise AssertionError("asked for a state")
+
+    def set_state(self, state):
+        raise AssertionError("given a state")
+
+
+def test_workers_are_not_asked_for_a_state_which_would_start_them_one_by_one():
+    joined = chunks._Joined(NoState(), per_batch=3)
+    batches = iter(grain.experimental.ThreadPrefetchIterDataset(joined, prefetch_buffer_size=1))
+    assert [next(batches)["label"].tolist() for _ in range(2)] == [[1, 2, 3], [4, 5, 6]]
+    batches.close()

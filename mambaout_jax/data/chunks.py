@@ -36,8 +36,45 @@ def join_ahead(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
             worker_init_fn=_keep_off_accelerators,
         )
-    dataset = dataset.batch(per_batch, batch_fn=_join_chunks)
-    return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
+    joined = _Joined(dataset, per_batch)
+    return grain.experimental.ThreadPrefetchIterDataset(joined, prefetch_buffer_size=1)
+
+
+class _Joined(grain.IterDataset):
+    """Joins chunks to batches."""
+
+    def __init__(self, chunks: grain.IterDataset, per_batch: int):
+        super().__init__(chunks)
+        self._chunks = chunks
+        self._per_batch = per_batch
+
+    def __iter__(self) -> "_JoinedIterator":
+        return _JoinedIterator(iter(self._chunks), self._per_batch)
+
+
+class _JoinedIterator(grain.DatasetIterator):
+    """Has no state of its own, nor asks its parent for one, as Grain's `batch` would.
+
+    Worker processes that are asked for a state before the first chunk start one after the other:
+    minutes for many.
+    """
+
+    def __init__(self, chunks: grain.DatasetIterator, per_batch: int):
+        super().__init__(chunks)
+        self._chunks = chunks
+        self._per_batch = per_batch
+
+    def __next__(self) -> dict:
+        return _join_chunks([next(self._chunks) for _ in range(self._per_batch)])
+
+    def get_state(self) -> dict:
+        return {}
+
+    def set_state(self, state: dict) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._chunks.close()
 
 
 def _keep_off_accelerators(worker_index: int, worker_count: int) -> None:
