@@ -1,6 +1,9 @@
 """A small, real `imagenet2012` directory: TFDS's features and 1,000 classes, a few made JPEGs."""
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +57,26 @@ def write_imagenet(directory: Path, train: int = 64, validation: int = 20) -> Pa
     builder.counts = {"train": train, "validation": validation}
     builder.download_and_prepare()
     return directory
+
+
+def train_tiny(directory: Path, workdir: Path, batch_size: int = 16) -> str:
+    """Trains configs/tiny.py, as a user starts it, for an epoch of few pixels; returns its log."""
+    options = {
+        "data.dir": directory,
+        "data.image_size": 32,
+        "model.depthwise": "xla",
+        "batch_size": batch_size,
+        "eval.batch_size": 4,
+        "schedule.duration": "1 epochs",
+        "schedule.cooldown": "",
+        "log.every": "1 steps",
+    }
+    command = [sys.executable, "main.py", "--config=configs/tiny.py", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in options.items()]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr

@@ -7,7 +7,7 @@ import sys
 import tarfile
 
 import pytest
-from imagenet_fixture import LABELS_FILE, jpeg
+from imagenet_fixture import LABELS_FILE, jpeg, train_tiny
 
 from configs import tiny
 from mambaout_jax.data.pipeline import EvalBatches, TrainBatches
@@ -68,6 +68,9 @@ def test_build_writes_what_training_reads(tars, tmp_path):
     arguments = ("--file_format=array_record", f"--data_dir={tmp_path}", f"--manual_dir={tars}")
     tfds("build", "imagenet2012", *arguments)
     check(tmp_path)
+    log = train_tiny(tmp_path, tmp_path / "run")
+    assert "step 3/3: loss" in log
+    assert "epoch 1/1: train loss" in log
 
 
 def test_a_tfrecord_copy_is_converted_by_the_command_of_the_message(tars, tmp_path):

@@ -180,7 +180,7 @@ def test_workers_follow_the_cores(monkeypatch, cores, workers, pictures, expecte
 
 
 class NoState(grain.IterDataset):
-    """Chunks of one array, whose iterator refuses to tell a state, as one that has to wait would."""
+    """Chunks whose iterator refuses to tell a state, as one that has to wait for it would."""
 
     def __iter__(self):
         return NoStateIterator()
