@@ -4,21 +4,24 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Training pictures sooner, to the same pixels; new releases of Python go without until these follow.
+fast = ["numba>=0.63; python_version < '3.15'", "turbojpeg>=0.0.2; python_version < '3.14'"]
 extras = {
-    "tpu": ["jax[tpu]"],
+    "fast": fast,
+    "tpu": ["jax[tpu]", *fast],
     "plan": ["libtpu"],
-    "cuda": ["jax[cuda13]"],
+    "cuda": ["jax[cuda13]", *fast],
     "torch": ["torch>=2.6"],
     "verify": ["torch>=2.6", "timm>=1.0.14"],
     "wandb": ["wandb>=0.19"],
     "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=3"],
-    "fast": ["numba>=0.63", "turbojpeg>=0.0.2; python_version < '3.14'"],
     "prepare": ["tensorflow", "apache-beam", "mlcroissant", "importlib_resources"],
     "export": ["flatbuffers>=24"],
     "demo": ["gradio>=5"],
     "examples": ["scikit-image>=0.25"],
     "docs": ["mkdocs>=1.6"],
     "test": [
+        *fast,
         "pytest>=8.4",
         "pytest-xdist>=3.6",
         "hypothesis>=6.130",
