@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Training pictures sooner, to the same pixels; new releases of Python go without until these follow.
+# Makes training pictures sooner, to the same pixels; a new Python goes without until these follow.
 fast = ["numba>=0.63; python_version < '3.15'", "turbojpeg>=0.0.2; python_version < '3.14'"]
 extras = {
     "fast": fast,
