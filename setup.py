@@ -5,7 +5,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # Makes training pictures sooner, to the same pixels; a new Python goes without until these follow.
-fast = ["numba>=0.63; python_version < '3.15'", "turbojpeg>=0.0.2; python_version < '3.14'"]
+fast = [
+    "numba>=0.63; python_version < '3.15'",
+    "turbojpeg>=0.0.2; python_version < '3.14' and platform_machine in 'x86_64 AMD64'",
+]
 extras = {
     "fast": fast,
     "tpu": ["jax[tpu]", *fast],

@@ -64,6 +64,7 @@ def train_tiny(directory: Path, workdir: Path, batch_size: int = 16) -> str:
     options = {
         "data.dir": directory,
         "data.image_size": 32,
+        "data.workers": 0,
         "model.depthwise": "xla",
         "batch_size": batch_size,
         "eval.batch_size": 4,

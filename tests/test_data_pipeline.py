@@ -1,5 +1,11 @@
 """Order, resume and evaluation of the batches, bit for bit."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import grain
 import numpy as np
 import pytest
@@ -88,7 +94,7 @@ def test_evaluation_sees_each_picture_once(process_count):
         np.testing.assert_array_equal(np.bincount(labels), [36] * 10)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_worker_processes_change_nothing(workers):
     batches, held_out = TrainBatches(digits_config(workers=workers)), EvalBatches(digits_config())
     taken = take(batches, 2)
@@ -175,8 +181,20 @@ def test_batches_must_divide_over_processes():
 )
 def test_workers_follow_the_cores(monkeypatch, cores, workers, pictures, expected):
     monkeypatch.setattr(chunks, "usable_cores", lambda: cores)
+    monkeypatch.setattr(chunks, "free_shared_memory", lambda: 2**40)
     options = chunks.worker_options(digits_config(workers=workers).data, pictures)
     assert options == (expected, 2)
+
+
+def test_workers_fit_into_shared_memory(monkeypatch):
+    monkeypatch.setattr(chunks, "usable_cores", lambda: 16)
+    monkeypatch.setattr(chunks, "free_shared_memory", lambda: 64 * 2**20)  # of a container
+    data = digits_config(workers=-1).data
+    data.image_size = 224
+    assert chunks.worker_options(data) == (3, 2)
+    data.workers = 16
+    with pytest.raises(UserError, match="may need 294 MiB in /dev/shm, where 64 are free"):
+        chunks.worker_options(data)
 
 
 class NoState(grain.IterDataset):
@@ -191,7 +209,7 @@ class NoStateIterator(grain.DatasetIterator):
 
     def __next__(self):
         self.count += 1
-        return {"label": np.array([self.count]), "damages": []}
+        return {"label": np.full(1 + self.count % 2, self.count), "damages": [self.count]}
 
     def get_state(self):
         raise AssertionError("asked for a state")
@@ -201,7 +219,37 @@ class NoStateIterator(grain.DatasetIterator):
 
 
 def test_workers_are_not_asked_for_a_state_which_would_start_them_one_by_one():
-    joined = chunks._Joined(NoState(), per_batch=3)
+    joined = chunks._Joined(NoState(), rows=3)
     batches = iter(grain.experimental.ThreadPrefetchIterDataset(joined, prefetch_buffer_size=1))
-    assert [next(batches)["label"].tolist() for _ in range(2)] == [[1, 2, 3], [4, 5, 6]]
+    first, second = next(batches), next(batches)
+    assert (first["label"].tolist(), second["label"].tolist()) == ([1, 1, 2], [3, 3, 4])
+    assert (first["damages"], second["damages"]) == ([1, 2], [3, 4])
     batches.close()
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from configs import default
+from mambaout_jax.data.pipeline import TrainBatches
+
+config = default.get_config()
+config.data.update(name="digits", num_classes=10, image_size=24, workers=1)
+config.batch_size = 16
+batches = TrainBatches(config)
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed():
+    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    (worker,) = map(int, done.stdout.split())
+    for _ in range(300):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"the worker {worker} lives on")

@@ -23,7 +23,11 @@ _FILTERS = {
 
 
 class TrainTransform:
-    """Makes a training picture of an encoded file; picklable, and safe to share by threads."""
+    """Makes a training picture of an encoded file; cloudpickle takes it, and threads may share it.
+
+    Attributes:
+      backend_name: which backend it uses.
+    """
 
     def __init__(self, config: ConfigDict):
         """Reads the options.
@@ -41,6 +45,7 @@ class TrainTransform:
                 f"{', '.join(_FILTERS)}."
             )
         self._backend = backends.open_backend(config.data.backend)
+        self.backend_name = type(self._backend).__name__
         self._filters = _FILTERS[augment.interpolation]
         self._size = config.data.image_size
         self._scale = _interval("augment.crop_scale", augment.crop_scale)

@@ -1,6 +1,5 @@
 """Two ways to the same pixels of a training picture: Pillow, and a faster one."""
 
-import importlib.util
 from typing import Protocol
 
 from PIL import Image
@@ -11,7 +10,7 @@ from mambaout_jax.errors import UserError
 
 
 class Backend(image_ops.Pixels, Protocol):
-    """Decodes, crops and changes pictures; picklable.
+    """Decodes, crops and changes pictures.
 
     `np.asarray` of any picture but an opened one is uint8 [H, W, 3].
     """
@@ -44,18 +43,21 @@ class PillowBackend(image_ops.PillowPixels):
 
 
 def open_backend(name: str) -> Backend:
-    """Returns the backend "pillow" or "fast"; "auto" is the fast one where its libraries are.
+    """Returns the backend "pillow" or "fast"; "auto" is the fast one where Numba is.
 
     Raises:
       UserError: there is none of that name, or its libraries are missing.
     """
     if name not in ("auto", "pillow", "fast"):
         raise UserError(f"data.backend is {name!r}; it is 'auto', 'pillow' or 'fast'.")
-    missing = importlib.util.find_spec("numba") is None
-    if name == "pillow" or (name == "auto" and missing):
+    if name == "pillow":
         return PillowBackend()
-    if missing:
-        raise UserError("data.backend 'fast' needs Numba: pip install -e '.[fast]'.")
-    from mambaout_jax.data.fast.backend import FastBackend
-
+    try:
+        from mambaout_jax.data.fast.backend import FastBackend
+    except ImportError as error:  # of Numba, or by Numba, which refuses a NumPy newer than itself
+        if name == "auto":
+            return PillowBackend()
+        raise UserError(
+            f"data.backend 'fast' needs Numba ({error}): pip install -e '.[fast]'."
+        ) from error
     return FastBackend()

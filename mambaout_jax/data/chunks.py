@@ -1,6 +1,11 @@
 """Chunks of a batch, made ahead of time in threads or worker processes, and joined to batches."""
 
+import multiprocessing
 import os
+import shutil
+import sys
+import threading
+from pathlib import Path
 
 import grain
 import jax
@@ -15,14 +20,28 @@ _BATCHES_AHEAD = 2
 _FEW_CORES = 4  # that threads of one process keep busy, before they wait for Python's lock
 _MOST_WORKERS = 64  # whose chunks one process still joins
 _WORTH_A_WORKER = 1500  # pictures made in the seconds that a process takes to start
+_CHUNKS_SHARED = 8  # of each worker at once: four of training and four of evaluation
+_SHARED_MEMORY = Path("/dev/shm")
 
 
-def join_ahead(
-    chunks: grain.MapDataset, per_batch: int, workers: tuple[int, int]
-) -> grain.IterDataset:
-    """Makes chunks ahead of time in threads or worker processes, and joins them to batches."""
+def per_batch(rows: int) -> int:
+    """Returns how many chunks a batch of so many pictures has."""
+    return -(-rows // CHUNK)
+
+
+def join_ahead(chunks: grain.MapDataset, rows: int, workers: tuple[int, int]) -> grain.IterDataset:
+    """Makes chunks ahead of time in threads or worker processes, and joins them to batches.
+
+    Args:
+      chunks: of `CHUNK` pictures, but for each batch's last one.
+      rows: pictures in a batch.
+      workers: the numbers of processes and of the threads of each.
+
+    Returns:
+      The batches.
+    """
     num_workers, num_threads = workers
-    ahead = _BATCHES_AHEAD * per_batch
+    ahead = _BATCHES_AHEAD * per_batch(rows)
     if num_workers:
         ahead = -(-ahead // num_workers)
     options = grain.ReadOptions(
@@ -34,38 +53,49 @@ def join_ahead(
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
-            worker_init_fn=_keep_off_accelerators,
+            worker_init_fn=_begin_worker,
         )
-    joined = _Joined(dataset, per_batch)
+    joined = _Joined(dataset, rows)
     return grain.experimental.ThreadPrefetchIterDataset(joined, prefetch_buffer_size=1)
 
 
 class _Joined(grain.IterDataset):
-    """Joins chunks to batches."""
+    """Joins chunks to batches of `rows` pictures."""
 
-    def __init__(self, chunks: grain.IterDataset, per_batch: int):
+    def __init__(self, chunks: grain.IterDataset, rows: int):
         super().__init__(chunks)
         self._chunks = chunks
-        self._per_batch = per_batch
+        self._rows = rows
 
     def __iter__(self) -> "_JoinedIterator":
-        return _JoinedIterator(iter(self._chunks), self._per_batch)
+        return _JoinedIterator(iter(self._chunks), self._rows)
 
 
 class _JoinedIterator(grain.DatasetIterator):
     """Has no state of its own, nor asks its parent for one, as Grain's `batch` would.
 
     Worker processes that are asked for a state before the first chunk start one after the other:
-    minutes for many.
+    minutes for many. Each chunk is copied as it comes, so that few lie in shared memory.
     """
 
-    def __init__(self, chunks: grain.DatasetIterator, per_batch: int):
+    def __init__(self, chunks: grain.DatasetIterator, rows: int):
         super().__init__(chunks)
         self._chunks = chunks
-        self._per_batch = per_batch
+        self._rows = rows
 
     def __next__(self) -> dict:
-        return _join_chunks([next(self._chunks) for _ in range(self._per_batch)])
+        batch: dict = {"damages": []}
+        row = 0
+        while row < self._rows:
+            chunk = next(self._chunks)
+            batch["damages"] += chunk.pop("damages")
+            stop = row + len(chunk["label"])
+            for key, part in chunk.items():
+                if key not in batch:
+                    batch[key] = np.empty((self._rows, *part.shape[1:]), part.dtype)
+                batch[key][row:stop] = part
+            row = stop
+        return batch
 
     def get_state(self) -> dict:
         return {}
@@ -77,9 +107,18 @@ class _JoinedIterator(grain.DatasetIterator):
         self._chunks.close()
 
 
-def _keep_off_accelerators(worker_index: int, worker_count: int) -> None:
+def _begin_worker(worker_index: int, worker_count: int) -> None:
+    """Keeps a worker process off the accelerators, and ends it when its parent is killed."""
     del worker_index, worker_count
     jax.config.update("jax_platforms", "cpu")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def worker_options(data: ConfigDict, pictures: int | None = None) -> tuple[int, int]:
@@ -90,27 +129,45 @@ def worker_options(data: ConfigDict, pictures: int | None = None) -> tuple[int, 
       pictures: how many are made before the workers end; None: no end is in sight.
 
     Raises:
-      UserError: they make no sense.
+      UserError: they make no sense, or shared memory does not suffice for the workers asked for.
     """
     if data.workers < -1 or data.threads < 1:
         raise UserError(
             f"data.workers is {data.workers} and data.threads {data.threads}; "
-            f"they are at least -1 (as many as there are cores) and 1."
+            f"they are at least -1 (chosen by the number of cores) and 1."
         )
-    workers = data.workers
-    if workers == -1:
+    each = _CHUNKS_SHARED * CHUNK * 3 * data.image_size**2  # bytes
+    free = free_shared_memory()
+    if data.workers == -1:
         cores = usable_cores()
-        workers = min(cores, _MOST_WORKERS) if cores > _FEW_CORES else 0
+        workers = min(cores, _MOST_WORKERS, free // each) if cores > _FEW_CORES else 0
         if pictures is not None:
             workers = min(workers, pictures // _WORTH_A_WORKER)
-    return workers, data.threads
+        return workers, data.threads
+    if data.workers * each > free:
+        raise UserError(
+            f"data.workers is {data.workers}, which may need {data.workers * each >> 20} MiB in "
+            f"{_SHARED_MEMORY}, where {free >> 20} are free; lower it, or give the container more "
+            f"(docker run --shm-size)."
+        )
+    return data.workers, data.threads
 
 
 def usable_cores() -> int:
-    """Returns how many cores this process may use."""
+    """Returns how many cores this process may use, in a container too."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cores, max(int(quota) // int(period), 1))
+    except (OSError, ValueError):  # no Linux, or no limit ("max")
+        return cores
+
+
+def free_shared_memory() -> int:
+    """Returns the bytes that processes may still share."""
+    return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else sys.maxsize
 
 
 def share(batch_size: int, process_count: int, key: str) -> int:
@@ -118,13 +175,3 @@ def share(batch_size: int, process_count: int, key: str) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise UserError(f"{key} is {batch_size}; it must divide over {process_count} processes.")
     return batch_size // process_count
-
-
-def _join_chunks(chunks: list[dict]) -> dict:
-    """Concatenates chunks to a batch."""
-    arrays = {
-        key: np.concatenate([chunk[key] for chunk in chunks])
-        for key in chunks[0]
-        if key != "damages"
-    }
-    return arrays | {"damages": [damage for chunk in chunks for damage in chunk["damages"]]}

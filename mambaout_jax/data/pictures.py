@@ -76,15 +76,15 @@ class MakeTrainingChunk:
     def __init__(self, pictures: grain.MapDataset, global_batch: int, local_batch: int, first: int):
         self._pictures = pictures
         self._global_batch = global_batch
-        self._local_batch = local_batch
+        self.local_batch = local_batch
         self._first = first  # this process's first place in a global batch
-        self.per_batch = -(-local_batch // chunks.CHUNK)
+        self.per_batch = chunks.per_batch(local_batch)
 
     def __call__(self, chunk: int) -> dict:
         """Makes the chunk of that number."""
         step, part = divmod(chunk, self.per_batch)
         start = step * self._global_batch + self._first + part * chunks.CHUNK
-        length = min(chunks.CHUNK, self._local_batch - part * chunks.CHUNK)
+        length = min(chunks.CHUNK, self.local_batch - part * chunks.CHUNK)
         rows = [self._pictures[start + row] for row in range(length)]
         return {
             "image": np.stack([row["image"] for row in rows]),
@@ -107,17 +107,17 @@ class MakeEvaluationChunk:
     ):
         self._source = source
         self._preprocessing = preprocessing
-        self._local_batch = local_batch
+        self.local_batch = local_batch
         self._process_index = process_index
         self._process_count = process_count
-        self.per_batch = -(-local_batch // chunks.CHUNK)
+        self.per_batch = chunks.per_batch(local_batch)
 
     def __call__(self, chunk: int) -> dict:
         """Makes the chunk of that number."""
         step, part = divmod(chunk, self.per_batch)
-        start = (step * self._process_count + self._process_index) * self._local_batch
+        start = (step * self._process_count + self._process_index) * self.local_batch
         start += part * chunks.CHUNK
-        length = min(chunks.CHUNK, self._local_batch - part * chunks.CHUNK)
+        length = min(chunks.CHUNK, self.local_batch - part * chunks.CHUNK)
         image = np.zeros((length, *self._preprocessing.shape, 3), np.uint8)
         label = np.zeros(length, np.int32)
         mask = np.arange(start, start + length) < len(self._source)

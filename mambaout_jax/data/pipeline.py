@@ -31,6 +31,7 @@ class TrainBatches(Iterator[Batch]):
       num_examples: pictures in the split.
       num_classes: classes in the split.
       class_names: their names, in the order of the labels.
+      made_by: what makes the pictures, in words.
       bad_pictures: names of the undecodable pictures met so far by this process.
     """
 
@@ -82,6 +83,10 @@ class TrainBatches(Iterator[Batch]):
             "repeats": config.augment.repeats,
         }
         transform = augment.TrainTransform(config)
+        workers, threads = self._workers
+        self.made_by = f"{transform.backend_name}, {max(workers, 1)} x {threads} threads" + (
+            f" in {workers} worker processes" if workers else ""
+        )
         make_picture = pictures.MakeTrainingPicture(source, order, transform, self._max_bad)
         self._make_chunk = pictures.MakeTrainingChunk(
             grain.MapDataset.range(sys.maxsize).seed(config.seed).random_map(make_picture),
@@ -97,7 +102,7 @@ class TrainBatches(Iterator[Batch]):
             first = self._step * self._make_chunk.per_batch
             parts = grain.MapDataset.range(first, sys.maxsize).map(self._make_chunk)
             self._iterator = iter(
-                chunks.join_ahead(parts, self._make_chunk.per_batch, self._workers)
+                chunks.join_ahead(parts, self._make_chunk.local_batch, self._workers)
             )
         batch = next(self._iterator)
         self._note_damages(batch.pop("damages"))
@@ -193,9 +198,9 @@ class EvalBatches:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        per_batch = self._make_chunk.per_batch
-        parts = grain.MapDataset.range(self._length * per_batch).map(self._make_chunk)
-        iterator = iter(chunks.join_ahead(parts, per_batch, self._workers))
+        length = self._length * self._make_chunk.per_batch
+        parts = grain.MapDataset.range(length).map(self._make_chunk)
+        iterator = iter(chunks.join_ahead(parts, self._make_chunk.local_batch, self._workers))
         try:
             for batch in iterator:
                 del batch["damages"]

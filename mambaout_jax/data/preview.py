@@ -61,7 +61,9 @@ def save(sheet: Image.Image, output: str) -> None:
 
 def main(_: list[str]) -> None:
     """Writes the sheet that the flags ask for."""
-    batches = TrainBatches(_CONFIG.value)
+    config = _CONFIG.value
+    config.data.workers = 0  # a sheet is made sooner than processes start
+    batches = TrainBatches(config)
     sheet = contact_sheet(batches, _ROWS.value, _COLUMNS.value)
     batches.close()
     save(sheet, _OUTPUT.value)

@@ -138,8 +138,10 @@ class ThreeAugment:
         name, level = (
             ("Solarize", 5.0),  # from 128 on
             ("Desaturate", 10.0),  # wholly
-            ("GaussianBlur", rng.uniform(0, 10)),  # a radius of 0.1 to 2
+            ("GaussianBlur", None),
         )[rng.integers(3)]
+        if level is None:
+            level = rng.uniform(0, 10)  # a radius of 0.1 to 2
         return self.table[name](image, level, 1, Image.Resampling.BICUBIC)
 
 

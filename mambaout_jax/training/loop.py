@@ -87,6 +87,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
         if config.init_from and not checkpoint.has_checkpoint(workdir):
             params, report = initial_params(config.init_from, run.model, init_key)
             logger.info("%s", report)
+    logger.info("training pictures by %s", run.batches.made_by)
     with contextlib.ExitStack() as stack:
         stack.callback(run.batches.close)
         stack.enter_context(hold_workdir(workdir, config))

@@ -8,7 +8,7 @@ from mambaout_jax.data.fast import colors, decode, resize, warp
 from mambaout_jax.data.image_ops import Picture
 
 
-class _Undecoded:
+class _LazyJpeg:
     """A JPEG, and what a message calls it."""
 
     def __init__(self, file_bytes: bytes, name: str):
@@ -18,11 +18,11 @@ class _Undecoded:
         self.name = name
 
 
-class _Words:
-    """A picture as the compiled functions take it: uint32 [H, W], which nobody writes to."""
+class _Packed:
+    """A picture of packed pixels, as the compiled functions take it: uint32 [H, W], read-only."""
 
     def __init__(self, pixels: np.ndarray):
-        pixels.flags.writeable = False  # as those from Pillow, lest Numba compile for both
+        pixels.flags.writeable = False  # as those that are decoded, lest Numba compile for both
         self.pixels = pixels
         self.height, self.width = pixels.shape
         self.size = self.width, self.height
@@ -36,69 +36,69 @@ class FastBackend:
     """See `backends.Backend`. What it makes is a picture of packed pixels, whatever it is given.
 
     Crops are decoded by libjpeg-turbo 3, which Pillow uses too, with the accurate transform and
-    smooth upsampling; where it is not installed, and of files that are no ordinary JPEG, Pillow
-    decodes the whole.
+    smooth upsampling. Where it is not installed, Pillow decodes the whole; so it does with any file
+    that is no flawless baseline JPEG.
     """
 
     def open(self, file_bytes: bytes, name: str) -> Picture:
         """See `backends.Backend`."""
         try:
-            return _Undecoded(file_bytes, name)
+            return _LazyJpeg(file_bytes, name)
         except ValueError:  # Pillow decodes it, or says what is wrong with it
             return decoding.decode(file_bytes, name)
 
-    def resized_crop(self, picture, box, size, filter_, mirrored=False) -> _Words:
+    def resized_crop(self, picture, box, size, filter_, mirrored=False) -> _Packed:
         """See `backends.Backend`."""
-        if isinstance(picture, _Undecoded):
+        if isinstance(picture, _LazyJpeg):
             try:
                 pixels, box = picture.jpeg.decode_crop(box)
             except ValueError:
                 pixels = _pixels(decoding.decode(picture.file_bytes, picture.name))
         else:
             pixels = _pixels(picture)
-        return _Words(resize.resize(pixels, box, size, filter_, mirrored))
+        return _Packed(resize.resize(pixels, box, size, filter_, mirrored))
 
-    def warp(self, picture, coefficients, filter_) -> _Words:
+    def warp(self, picture, coefficients, filter_) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Words(warp.affine(_pixels(picture), coefficients, filter_, image_ops.FILL))
+        return _Packed(warp.affine(_pixels(picture), coefficients, filter_, image_ops.FILL))
 
-    def lookup(self, picture, table) -> _Words:
+    def lookup(self, picture, table) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Words(colors.lookup(_pixels(picture), table))
+        return _Packed(colors.lookup(_pixels(picture), table))
 
-    def color(self, picture, factor) -> _Words:
+    def color(self, picture, factor) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Words(colors.color(_pixels(picture), factor))
+        return _Packed(colors.color(_pixels(picture), factor))
 
-    def contrast(self, picture, factor) -> _Words:
+    def contrast(self, picture, factor) -> _Packed:
         """See `image_ops.Pixels`."""
         pixels = _pixels(picture)
         mean = Image.new("L", image_ops.RAMP.size, colors.mean_grey(pixels))
-        return _Words(colors.lookup(pixels, Image.blend(mean, image_ops.RAMP, factor).tobytes()))
+        return _Packed(colors.lookup(pixels, Image.blend(mean, image_ops.RAMP, factor).tobytes()))
 
-    def sharpness(self, picture, factor) -> _Words:
+    def sharpness(self, picture, factor) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Words(colors.sharpness(_pixels(picture), factor))
+        return _Packed(colors.sharpness(_pixels(picture), factor))
 
-    def autocontrast(self, picture) -> _Words:
+    def autocontrast(self, picture) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Words(colors.autocontrast(_pixels(picture)))
+        return _Packed(colors.autocontrast(_pixels(picture)))
 
-    def equalize(self, picture) -> _Words:
+    def equalize(self, picture) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Words(colors.equalize(_pixels(picture)))
+        return _Packed(colors.equalize(_pixels(picture)))
 
-    def gaussian_blur(self, picture, radius) -> _Words:
+    def gaussian_blur(self, picture, radius) -> _Packed:
         """See `image_ops.Pixels`; Pillow's own is as fast."""
         pixels = _pixels(picture)
         size = pixels.shape[1], pixels.shape[0]
         image = Image.frombytes("RGB", size, pixels, "raw", "RGBX")
-        return _Words(_pixels(image_ops.PillowPixels().gaussian_blur(image, radius)))
+        return _Packed(_pixels(image_ops.PillowPixels().gaussian_blur(image, radius)))
 
 
-def _pixels(picture: Image.Image | _Words) -> np.ndarray:
+def _pixels(picture: Image.Image | _Packed) -> np.ndarray:
     """Returns a picture as uint32 [H, W]."""
-    if isinstance(picture, _Words):
+    if isinstance(picture, _Packed):
         return picture.pixels
     data = np.frombuffer(picture.tobytes("raw", "RGBX"), np.uint32)
     return data.reshape(picture.height, picture.width)

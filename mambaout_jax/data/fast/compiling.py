@@ -1,4 +1,4 @@
-"""How this folder compiles its functions, and what they take a picture for."""
+"""How this folder compiles its functions."""
 
 from collections.abc import Callable
 

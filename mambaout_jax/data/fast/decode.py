@@ -7,14 +7,14 @@ from PIL import Image
 
 from mambaout_jax.data.fast import turbojpeg
 
-_END = b"\xff\xd9"
+_START, _END = b"\xff\xd8", b"\xff\xd9"
 _BASELINE = (0xC0, 0xC1)  # frames whose rows follow each other in one scan
 _NO_BASELINE = (0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xDA)
 _CONTEXT = 2  # pixels that the upsampling of the colours looks about
 
 
 class Jpeg:
-    """A complete JPEG of three colours, until a part of it is asked for.
+    """A complete baseline JPEG of three colours, until a part of it is asked for.
 
     Attributes:
       size: (width, height) in pixels.
@@ -27,8 +27,9 @@ class Jpeg:
           ValueError: the file is none, or one that Pillow warns of for its size, or libjpeg-turbo 3
             is not installed.
         """
-        if not (file_bytes.startswith(b"\xff\xd8") and file_bytes.endswith(_END)):
+        if not file_bytes.endswith(_END):
             raise ValueError("no complete JPEG")
+        self._place_of_height = _place_of_height(file_bytes)
         self._decoder = turbojpeg.Decoder()
         size = self._decoder.size(file_bytes)
         if size is None or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -63,27 +64,30 @@ class Jpeg:
             min(right + _CONTEXT, width),
             min(bottom + _CONTEXT, height),
         )
-        file_bytes = _lowered(self._file_bytes, part[3] + _CONTEXT, height)
-        pixels, first = self._decoder.decode(file_bytes, part)
+        rows = min(part[3] + _CONTEXT, height)
+        place = self._place_of_height
+        lowered = b"".join(
+            (self._file_bytes[:place], rows.to_bytes(2, "big"), self._file_bytes[place + 2 :])
+        )
+        pixels, first = self._decoder.decode(lowered, part)
         return pixels, (left - first, top - above, right - first, bottom - above)
 
 
-def _lowered(file_bytes: bytes, rows: int, height: int) -> bytes:
-    """Returns the file with fewer rows in its header, where its rows follow each other."""
-    place = _place_of_height(file_bytes) if rows < height else None
-    if place is None:
-        return file_bytes
-    return file_bytes[:place] + rows.to_bytes(2, "big") + file_bytes[place + 2 :]
+def _place_of_height(file_bytes: bytes) -> int:
+    """Returns where a baseline JPEG, whose rows follow each other in one scan, tells its height.
 
-
-def _place_of_height(file_bytes: bytes) -> int | None:
-    """Returns where a baseline JPEG tells its height."""
-    place = 2
-    while file_bytes[place] == 0xFF:
+    Raises:
+      ValueError: it is none. (The smoothing of an incomplete progressive one depends on the crop.)
+    """
+    place = 2 if file_bytes.startswith(_START) else len(file_bytes)
+    while place + 9 < len(file_bytes) and file_bytes[place] == 0xFF:
         marker = file_bytes[place + 1]
         if marker in _BASELINE:
             return place + 5
         if marker in _NO_BASELINE:
-            return None
-        place += 2 + int.from_bytes(file_bytes[place + 2 : place + 4], "big")
-    return None
+            break
+        if marker == 0xFF:  # markers may be preceded by any number of these
+            place += 1
+        else:
+            place += 2 + int.from_bytes(file_bytes[place + 2 : place + 4], "big")
+    raise ValueError("no baseline JPEG")

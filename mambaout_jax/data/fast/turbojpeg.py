@@ -15,7 +15,6 @@ _DECOMPRESS = 1  # TJINIT_DECOMPRESS
 _SUBSAMPLING, _WIDTH, _HEIGHT, _COLORSPACE = 4, 5, 6, 8  # TJPARAM_...
 _YCBCR = 1  # TJCS_YCbCr
 _RGBX = 2  # TJPF_RGBX
-_FATAL = 1  # TJERR_FATAL; warnings are of flaws that Pillow lets pass
 _BLOCK_WIDTHS = (8, 16, 16, 8, 8, 32, 8)  # in pixels, by subsampling: tjMCUWidth
 
 
@@ -27,7 +26,6 @@ _FUNCTIONS = {
     "tj3Init": (ctypes.c_void_p, [ctypes.c_int]),
     "tj3Destroy": (None, [ctypes.c_void_p]),
     "tj3Get": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int]),
-    "tj3GetErrorCode": (ctypes.c_int, [ctypes.c_void_p]),
     "tj3GetErrorStr": (ctypes.c_char_p, [ctypes.c_void_p]),
     "tj3DecompressHeader": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]),
     "tj3SetCroppingRegion": (ctypes.c_int, [ctypes.c_void_p, _Region]),
@@ -78,7 +76,7 @@ class Decoder:
             self._library.tj3Destroy(self._handle)
 
     def _check(self, code: int) -> None:
-        if code and self._library.tj3GetErrorCode(self._handle) == _FATAL:
+        if code:  # also a warning, behind which an error may hide: Pillow shall judge
             raise ValueError(self._library.tj3GetErrorStr(self._handle).decode(errors="replace"))
 
     def _get(self, parameter: int) -> int:
@@ -88,7 +86,7 @@ class Decoder:
         """Returns the (width, height) of a JPEG of three colours, None of another.
 
         Raises:
-          ValueError: its header is damaged.
+          ValueError: libjpeg-turbo finds anything wrong with its header.
         """
         self._check(self._library.tj3DecompressHeader(self._handle, file_bytes, len(file_bytes)))
         if self._get(_COLORSPACE) != _YCBCR or self._get(_SUBSAMPLING) < 0:
@@ -109,7 +107,7 @@ class Decoder:
           picture's column that is its first.
 
         Raises:
-          ValueError: libjpeg-turbo gives up.
+          ValueError: libjpeg-turbo finds anything wrong with it.
         """
         if self.size(file_bytes) is None:
             raise ValueError("no colours of the kind that are decoded in part")
@@ -123,4 +121,5 @@ class Decoder:
             self._handle, file_bytes, len(file_bytes), place, pitch, _RGBX
         )
         self._check(code)
+        pixels.flags.writeable = False  # as those from Pillow, lest Numba compile for both
         return pixels, first
