@@ -84,9 +84,8 @@ class TrainBatches(Iterator[Batch]):
         }
         transform = augment.TrainTransform(config)
         workers, threads = self._workers
-        self.made_by = f"{transform.backend_name}, {max(workers, 1)} x {threads} threads" + (
-            f" in {workers} worker processes" if workers else ""
-        )
+        processes = f"{workers} worker processes of " if workers else ""
+        self.made_by = f"{transform.backend_name} in {processes}{threads} threads"
         make_picture = pictures.MakeTrainingPicture(source, order, transform, self._max_bad)
         self._make_chunk = pictures.MakeTrainingChunk(
             grain.MapDataset.range(sys.maxsize).seed(config.seed).random_map(make_picture),
