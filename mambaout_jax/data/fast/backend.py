@@ -89,7 +89,7 @@ class FastBackend:
         return _Packed(colors.equalize(_pixels(picture)))
 
     def gaussian_blur(self, picture, radius) -> _Packed:
-        """See `image_ops.Pixels`; Pillow's own is as fast."""
+        """See `image_ops.Pixels`; it is Pillow's own."""
         pixels = _pixels(picture)
         size = pixels.shape[1], pixels.shape[0]
         image = Image.frombytes("RGB", size, pixels, "raw", "RGBX")
