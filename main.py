@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    from mambaout_jax.training import processes
-    from mambaout_jax.training.compilation import use_compilation_cache
+    from mambaout_jax.runtime import processes
+    from mambaout_jax.runtime.compilation import use_compilation_cache
 
     use_compilation_cache(_CONFIG.value)
     processes.join_processes()
@@ -63,7 +63,7 @@ def run() -> None:
     """Trains or evaluates."""
     workdir = epath.Path(_WORKDIR.value)
     if _MODE.value == "eval":
-        from mambaout_jax.evaluation import evaluate_weights
+        from mambaout_jax.inference.evaluate import evaluate_weights
 
         evaluate_weights(_CONFIG.value, workdir)
     else:

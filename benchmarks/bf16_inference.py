@@ -21,9 +21,9 @@ from flax.traverse_util import unflatten_dict
 from configs import quickstart
 from mambaout_jax.data.preprocess import preprocess_image
 from mambaout_jax.data.sources import open_source
+from mambaout_jax.inference.predictor import forward
 from mambaout_jax.models.mambaout import MambaOut, create_model
 from mambaout_jax.models.pretrained import preprocessing
-from mambaout_jax.prediction import forward
 from mambaout_jax.weights.load import read_weights
 from mambaout_jax.weights.shapes import param_shapes
 from mambaout_jax.weights.store import WeightsInfo

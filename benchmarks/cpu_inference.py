@@ -30,7 +30,7 @@ def ours(model: str, batch: int, depthwise: str) -> tuple[Callable[[], object], 
     import jax.numpy as jnp
 
     import mambaout_jax
-    from mambaout_jax.ops.compiler import compiler_options
+    from mambaout_jax.runtime.compilation import compiler_options
 
     network = mambaout_jax.create_model(model, depthwise=depthwise)
     images = jax.random.normal(jax.random.key(0), (batch, _SIZE, _SIZE, 3), jnp.float32)

@@ -39,7 +39,7 @@ def ours(model: str, batch: int, mode: str, depthwise: str) -> tuple[Callable[[]
     import optax
 
     import mambaout_jax
-    from mambaout_jax.ops.compiler import compiler_options
+    from mambaout_jax.runtime.compilation import compiler_options
     from mambaout_jax.training.optimizer import decay_mask
     from mambaout_jax.training.state import init_params, init_state
     from mambaout_jax.training.step import Recipe, update_step

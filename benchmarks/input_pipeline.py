@@ -60,7 +60,7 @@ def write_pictures(directory: Path, count: int) -> None:
 def our_batches(options: argparse.Namespace, policy: str):
     """Yields our training batches, endlessly."""
     from configs import default
-    from mambaout_jax.data.pipeline import TrainBatches
+    from mambaout_jax.data.loader import TrainBatches
 
     config = default.get_config()
     config.data.update(source="folder", dir=options.directory, num_classes=1)

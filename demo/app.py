@@ -30,11 +30,10 @@ def build(name_or_path):
         raise UserError("the demo needs gradio: pip install mambaout_jax[demo]") from None
     import jax.numpy as jnp
     import numpy as np
+    from heatmap import evidence_map, overlay
 
-    from mambaout_jax.data.on_device import normalize
-    from mambaout_jax.data.preprocess import preprocess_image
-    from mambaout_jax.evidence import evidence_map, overlay
-    from mambaout_jax.prediction import Predictor
+    from mambaout_jax.data.preprocess import normalize, preprocess_image
+    from mambaout_jax.inference.predictor import Predictor
     from mambaout_jax.weights.load import read_weights
 
     params, info = read_weights(name_or_path)

@@ -18,7 +18,7 @@ from PIL import Image
 from skimage import data
 
 import mambaout_jax
-from mambaout_jax.data.on_device import normalize
+from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from skimage import data
 
 import mambaout_jax
-from mambaout_jax.data.on_device import normalize
+from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
 
 # Row, column and radius of each coin, in pixels: fitted to the coins' areas, checked by eye.

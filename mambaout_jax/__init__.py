@@ -7,8 +7,9 @@ they are used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mambaout_jax.models.mambaout import create_model, list_models
+from mambaout_jax.models.mambaout import create_model
 from mambaout_jax.models.pretrained import list_pretrained, preprocessing
+from mambaout_jax.models.variants import list_models
 from mambaout_jax.weights.torch_layout import from_torch, to_torch
 
 if TYPE_CHECKING:

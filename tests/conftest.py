@@ -29,4 +29,4 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True)
 def no_workers_unless_asked_for(monkeypatch):
     """Tests make few pictures: worker processes, one a core by default, would take longer."""
-    monkeypatch.setattr("mambaout_jax.data.chunks.usable_cores", lambda: 2)
+    monkeypatch.setattr("mambaout_jax.data.prefetch.usable_cores", lambda: 2)

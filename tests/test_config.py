@@ -7,8 +7,8 @@ import pytest
 
 from configs import default
 from mambaout_jax import config as configuration
+from mambaout_jax.build import build_model, build_preprocessing, build_recipe
 from mambaout_jax.errors import UserError
-from mambaout_jax.training.build import build_model, build_preprocessing, build_recipe
 from mambaout_jax.training.optimizer import make_optimizer
 from mambaout_jax.training.schedule import make_schedule
 from mambaout_jax.training.state import init_params, init_state

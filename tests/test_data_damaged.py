@@ -8,7 +8,7 @@ from absl import logging
 from imagenet_fixture import jpeg
 
 from configs import default
-from mambaout_jax.data.pipeline import EvalBatches, TrainBatches
+from mambaout_jax.data.loader import EvalBatches, TrainBatches
 from mambaout_jax.errors import UserError
 
 

@@ -10,7 +10,7 @@ import pytest
 from imagenet_fixture import LABELS_FILE, jpeg, train_tiny
 
 from configs import tiny
-from mambaout_jax.data.pipeline import EvalBatches, TrainBatches
+from mambaout_jax.data.loader import EvalBatches, TrainBatches
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.errors import UserError
 

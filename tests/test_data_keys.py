@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from mambaout_jax.training.build import build_recipe
+from mambaout_jax.build import build_recipe
 from mambaout_jax.training.step import augment
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from mambaout_jax.data.pipeline import EvalBatches
+from mambaout_jax.data.loader import EvalBatches
 from mambaout_jax.data.preprocess import Preprocessing, preprocess_image
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.errors import UserError

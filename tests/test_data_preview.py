@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from mambaout_jax.data.pipeline import TrainBatches
+from mambaout_jax.data.loader import TrainBatches
 from mambaout_jax.data.preview import contact_sheet, save
 from mambaout_jax.errors import UserError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import small_weights
 
-from mambaout_jax.prediction import Predictor
+from mambaout_jax.inference.predictor import Predictor
 
 ROOT = Path(__file__).parents[1]
 APP = ROOT / "demo" / "app.py"

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.ops import depthwise_conv2d, depthwise_pallas_tpu
-from mambaout_jax.ops.depthwise import implementations
+from mambaout_jax.ops import depthwise_conv2d
+from mambaout_jax.ops.depthwise import pallas_tpu
+from mambaout_jax.ops.depthwise.dispatch import implementations
 
 # Largest error, as a part of the largest absolute value: float32 sums of up to k * k or
 # N * H * W products; for bfloat16, half a unit in the last of its 8 digits, and a little.
@@ -112,7 +113,7 @@ def test_float32_kernel_is_rounded_and_keeps_its_gradient_in_float32(implementat
     ],
 )
 def test_tpu_kernels_in_several_blocks(monkeypatch, rows, shape):
-    monkeypatch.setattr(depthwise_pallas_tpu, "_rows", lambda x, size: rows)
+    monkeypatch.setattr(pallas_tpu, "_rows", lambda x, size: rows)
     check("pallas_tpu", shape, 5, jnp.float32)
 
 
@@ -130,8 +131,8 @@ def test_tpu_blocks_fit_their_memory():
         (83, jnp.bfloat16),
     ):
         x = jax.ShapeDtypeStruct((size, size, 8, 96), itemsize)
-        rows = depthwise_pallas_tpu._rows(x, 7)
-        assert depthwise_pallas_tpu._block_bytes(x, 7, rows) <= 13 * 2**20
+        rows = pallas_tpu._rows(x, 7)
+        assert pallas_tpu._block_bytes(x, 7, rows) <= 13 * 2**20
         assert rows > 1
 
 

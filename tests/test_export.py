@@ -12,7 +12,7 @@ import small_weights
 
 from mambaout_jax import load_pretrained
 from mambaout_jax.__main__ import main
-from mambaout_jax.data.on_device import normalize
+from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.labels import imagenet_names
 
 pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers (extra: export)")

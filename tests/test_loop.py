@@ -17,7 +17,7 @@ from imagenet_fixture import jpeg, train_tiny, write_imagenet
 
 from mambaout_jax import config as configuration
 from mambaout_jax.errors import UserError
-from mambaout_jax.evaluation import evaluate_weights
+from mambaout_jax.inference.evaluate import evaluate_weights
 from mambaout_jax.training.loop import train
 from mambaout_jax.training.losses import Losses
 from mambaout_jax.training.recorder import Recorder

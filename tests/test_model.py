@@ -10,7 +10,8 @@ import pytest
 
 import mambaout_jax
 from mambaout_jax.errors import UserError
-from mambaout_jax.models.mambaout import VARIANTS, GatedCNNBlock
+from mambaout_jax.models.mambaout import GatedCNNBlock
+from mambaout_jax.models.variants import VARIANTS
 
 PARAMS = {
     "mambaout_femto": 7_304_536,

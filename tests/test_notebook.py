@@ -12,7 +12,7 @@ from hub_server import HubServer, serving
 from safetensors.numpy import save_file
 
 import mambaout_jax
-from mambaout_jax.data.on_device import normalize
+from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.labels import imagenet_names
 
 nbclient = pytest.importorskip("nbclient", reason="the notebook is run by nbclient (extra: test)")

@@ -32,7 +32,7 @@ KEYS = (
 # main.py with less patience than JOIN_SECONDS.
 IMPATIENT = """
 import runpy, sys
-from mambaout_jax.training import processes
+from mambaout_jax.runtime import processes
 processes.JOIN_SECONDS = 2
 sys.argv = ["main.py", *sys.argv[1:]]
 runpy.run_path("main.py", run_name="__main__")

@@ -18,18 +18,18 @@ import pytest
 from etils import epath
 
 from mambaout_jax import config as configuration
-from mambaout_jax.data.pipeline import TrainBatches
+from mambaout_jax.data.loader import TrainBatches
 from mambaout_jax.errors import PreemptedError, UserError
+from mambaout_jax.runtime.compilation import use_compilation_cache
+from mambaout_jax.runtime.goodput import COMPILE, WAIT, Goodput
+from mambaout_jax.runtime.profiler import Profiler
+from mambaout_jax.runtime.workdir import lock_workdir
 from mambaout_jax.training import loop
-from mambaout_jax.training.compilation import use_compilation_cache
-from mambaout_jax.training.goodput import COMPILE, WAIT, Goodput
 from mambaout_jax.training.loop import train
 from mambaout_jax.training.losses import Losses
-from mambaout_jax.training.profiler import Profiler
 from mambaout_jax.training.skipping import batch_number, skipping
 from mambaout_jax.training.state import init_state
 from mambaout_jax.training.step import Recipe, update_step
-from mambaout_jax.training.workdir import lock_workdir
 from mambaout_jax.weights.store import load_weights
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +171,7 @@ def test_a_workdir_that_cannot_be_written_is_named():
 
 HOLD = """
 import pathlib, sys, time
-from mambaout_jax.training.workdir import lock_workdir
+from mambaout_jax.runtime.workdir import lock_workdir
 lock = lock_workdir(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(100)

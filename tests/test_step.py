@@ -16,23 +16,17 @@ from jax.sharding import PartitionSpec as P
 import mambaout_jax
 from configs import default
 from mambaout_jax.errors import UserError
-from mambaout_jax.training.optimizer import decay_mask, make_optimizer
-from mambaout_jax.training.sharding import (
+from mambaout_jax.inference.evaluate import compile_eval_step, eval_step
+from mambaout_jax.runtime.sharding import (
     check_batch,
     global_batch,
     make_mesh,
     parameter_spec,
     state_shardings,
 )
+from mambaout_jax.training.optimizer import decay_mask, make_optimizer
 from mambaout_jax.training.state import init_params, init_state
-from mambaout_jax.training.step import (
-    Recipe,
-    compile_eval_step,
-    compile_train_step,
-    eval_step,
-    train_step,
-    update_step,
-)
+from mambaout_jax.training.step import Recipe, compile_train_step, train_step, update_step
 
 RECIPE = Recipe(num_classes=10, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), label_smoothing=0.1)
 

@@ -10,12 +10,12 @@ import small_weights
 
 from mambaout_jax import load_pretrained, preprocess_image
 from mambaout_jax.__main__ import main
-from mambaout_jax.data.on_device import normalize
+from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
+from mambaout_jax.inference.predictor import Predictor
+from mambaout_jax.inference.validate import expand_weights
 from mambaout_jax.labels import imagenet_wordnet_ids
 from mambaout_jax.models.pretrained import list_pretrained
-from mambaout_jax.prediction import Predictor
-from mambaout_jax.validation import expand_weights
 
 CLASSES = 7
 COUNT = 19  # pictures: no multiple of the batch

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 import mambaout_jax
 from mambaout_jax.errors import UserError
-from mambaout_jax.models.mambaout import VARIANTS, create_model
+from mambaout_jax.models.mambaout import create_model
+from mambaout_jax.models.variants import VARIANTS
 from mambaout_jax.weights import identify, torch_file
 from mambaout_jax.weights.store import load_weights, save_weights
 from mambaout_jax.weights.torch_layout import torch_tensors

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import mambaout_jax
-from mambaout_jax.models.mambaout import VARIANTS, create_model
+from mambaout_jax.models.mambaout import create_model
+from mambaout_jax.models.variants import VARIANTS
 from mambaout_jax.weights.torch_file import write_state_dict
 from mambaout_jax.weights.torch_layout import torch_tensors
 

@@ -15,8 +15,8 @@ import pytest
 import mambaout_jax
 from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.errors import UserError
-from mambaout_jax.models.mambaout import VARIANTS
 from mambaout_jax.models.pretrained import PRETRAINED, find_pretrained
+from mambaout_jax.models.variants import VARIANTS
 from mambaout_jax.weights.store import WeightsInfo, load_weights, save_weights
 
 SMALL = {"depths": (1, 1, 2, 1), "widths": (8, 12, 16, 24)}

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the file."""
-    from mambaout_jax.export import export_model
+    from mambaout_jax.inference.export import export_model
     from mambaout_jax.weights.load import read_weights
 
     params, info = read_weights(args.model, model=args.network)

@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the counts and the verdict of the paper's rule, L > 6 D."""
     from mambaout_jax.cli.table import format_table
     from mambaout_jax.errors import UserError
-    from mambaout_jax.models.counting import attention_block_macs, count_total, long_sequence
+    from mambaout_jax.models.flops import attention_block_macs, count_total, long_sequence
     from mambaout_jax.models.mambaout import GatedCNNBlock
 
     height, width = (side // args.patch if args.patch > 0 else 0 for side in args.size)

@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
 @functools.cache
 def _variants() -> list[dict[str, Any]]:
-    from mambaout_jax.models.counting import count_total
-    from mambaout_jax.models.mambaout import VARIANTS, create_model
+    from mambaout_jax.models.flops import count_total
+    from mambaout_jax.models.mambaout import create_model
+    from mambaout_jax.models.variants import VARIANTS
 
     rows = []
     for name, variant in VARIANTS.items():

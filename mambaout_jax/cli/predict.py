@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints what the pictures show; the status is 1 where one could not be decoded."""
     from tqdm import tqdm
 
-    from mambaout_jax.prediction import Predictor, find_pictures
+    from mambaout_jax.inference.predictor import Predictor, find_pictures
 
     files = find_pictures(args.paths)
     predictor = Predictor.load(

@@ -22,8 +22,9 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table."""
     from mambaout_jax.cli.table import format_table
     from mambaout_jax.errors import UserError
-    from mambaout_jax.models.counting import count_layers
-    from mambaout_jax.models.mambaout import create_model, find_variant
+    from mambaout_jax.models.flops import count_layers
+    from mambaout_jax.models.mambaout import create_model
+    from mambaout_jax.models.variants import find_variant
 
     size = find_variant(args.model).image_size if args.size is None else args.size
     for option, number, least in (

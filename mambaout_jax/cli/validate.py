@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints and writes the results; the status is 1 where a checkpoint could not be measured."""
     from mambaout_jax.errors import UserError
-    from mambaout_jax.ground_truth import read_real_labels
-    from mambaout_jax.validation import Result, expand_weights, validate
+    from mambaout_jax.inference.ground_truth import read_real_labels
+    from mambaout_jax.inference.validate import Result, expand_weights, validate
 
     for path in filter(None, (args.csv, args.json)):
         if path.is_dir() or not os.access(path.parent, os.W_OK):

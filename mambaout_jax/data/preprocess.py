@@ -5,8 +5,11 @@ This file loads neither Pillow nor the data stack until a picture is to be decod
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mambaout_jax.errors import UserError
@@ -79,6 +82,21 @@ def preprocess_image(
     height, width = _resized_size(image.size, preprocessing)
     image = image.resize((width, height), filter_)
     return np.asarray(_center_crop(image, preprocessing.shape))
+
+
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Turns pixels into the network's input.
+
+    Args:
+      images: uint8 [N, H, W, 3], or any dtype with values in [0, 255].
+      mean: of R, G and B in [0, 1].
+      std: of R, G and B in [0, 1].
+
+    Returns:
+      float32 [N, H, W, 3].
+    """
+    shift, scale = (255 * jnp.array(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
+    return (images.astype(jnp.float32) - shift) / scale
 
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 from PIL import Image, ImageDraw
 
 from mambaout_jax.config import check_command_line
-from mambaout_jax.data.pipeline import TrainBatches
+from mambaout_jax.data.loader import TrainBatches
 from mambaout_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file.")

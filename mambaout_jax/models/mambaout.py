@@ -9,7 +9,6 @@ convolution in the downsampling, layer scale, and a head without its second norm
 """
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mambaout_jax.errors import UserError
+from mambaout_jax.models.variants import find_variant
 from mambaout_jax.ops import activate, depthwise_conv2d, gate_product, layer_norm
 
 # torch's trunc_normal_(std=0.02) cuts at +-2 in absolute value, here in units of the deviation.
@@ -284,77 +284,6 @@ class MambaOut(nn.Module):
         """
         x = self.features(images, train)[-1]
         return self.head(x, train) if self.num_classes else x
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """What makes a variant, and what was published of it.
-
-    `params` counts the parameters with 1000 classes; `top1_224` and `top1_288` are the published
-    accuracies in percent at those sizes, None where nothing is trained; `image_size` is in pixels;
-    `crop_pct` is the evaluation crop's part of the resized picture's short side at that size.
-    """
-
-    depths: tuple[int, ...]
-    widths: tuple[int, ...]
-    params: int
-    top1_224: float | None = None
-    top1_288: float | None = None
-    expansion_ratio: float = 8 / 3
-    conv_ratio: float = 1.0
-    act: str = "gelu"
-    rw: bool = False
-    image_size: int = 224
-    crop_pct: float = 1.0
-
-
-VARIANTS: dict[str, Variant] = {
-    "mambaout_femto": Variant((3, 3, 9, 3), (48, 96, 192, 288), 7_304_536, 78.880, 79.912),
-    "mambaout_kobe": Variant((3, 3, 15, 3), (48, 96, 192, 288), 9_141_208, 79.986, 81.064),
-    "mambaout_tiny": Variant((3, 3, 9, 3), (96, 192, 384, 576), 26_545_096, 82.742, 83.452),
-    "mambaout_small": Variant((3, 4, 27, 3), (96, 192, 384, 576), 48_488_072, 84.094, 84.512),
-    "mambaout_base": Variant((3, 4, 27, 3), (128, 256, 512, 768), 84_813_092, 84.194, 84.730),
-    "mambaout_small_rw": Variant(
-        (3, 4, 27, 3), (96, 192, 384, 576), 48_495_560, 84.040, 84.604, rw=True
-    ),
-    "mambaout_base_short_rw": Variant(
-        (3, 3, 25, 3), (128, 256, 512, 768), 88_827_688, 84.364, 84.842, 3.0, 1.25, rw=True,
-        crop_pct=0.95,
-    ),
-    "mambaout_base_tall_rw": Variant(
-        (3, 4, 30, 3), (128, 256, 512, 768), 86_481_448, 84.436, 84.988, 2.5, 1.25, rw=True,
-        crop_pct=0.95,
-    ),
-    "mambaout_base_wide_rw": Variant(
-        (3, 4, 27, 3), (128, 256, 512, 768), 94_448_104, 84.448, 84.966, 3.0, 1.5, "silu", rw=True,
-        crop_pct=0.95,
-    ),
-    "mambaout_base_plus_rw": Variant(
-        (3, 4, 30, 3), (128, 256, 512, 768), 101_656_552, 86.642, 86.916, 3.0, 1.5, "silu", rw=True
-    ),
-    "test_mambaout": Variant(
-        (1, 1, 3, 1), (16, 32, 48, 64), 447_560, None, None, 3.0, 1.0, "silu", rw=True,
-        image_size=160,
-    ),
-}  # fmt: skip
-
-
-def list_models() -> list[str]:
-    """Returns the names of all variants, the paper's five first."""
-    return list(VARIANTS)
-
-
-def find_variant(name: str) -> Variant:
-    """Returns the named variant.
-
-    Raises:
-        UserError: when there is none, with the nearest name and the known ones.
-    """
-    if name in VARIANTS:
-        return VARIANTS[name]
-    near = difflib.get_close_matches(name, VARIANTS, 1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown model {name!r}: {hint}known models are {', '.join(VARIANTS)}")
 
 
 def create_model(

@@ -5,7 +5,7 @@ import difflib
 
 from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.errors import UserError
-from mambaout_jax.models.mambaout import VARIANTS, find_variant
+from mambaout_jax.models.variants import VARIANTS, find_variant
 
 HUB_OWNER = "timm"  # of the repositories, one for each entry of PRETRAINED
 HUB_FILE = "model.safetensors"  # in each repository

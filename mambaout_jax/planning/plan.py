@@ -12,8 +12,8 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.planning.program import Kernel, Program, lower_step, read_program
 from mambaout_jax.planning.schedule import count_kernels
 from mambaout_jax.planning.topology import Generation, exceeds_memory, find_topology, slice_devices
+from mambaout_jax.runtime.sharding import check_batch, make_mesh
 from mambaout_jax.training.schedule import schedule_steps
-from mambaout_jax.training.sharding import check_batch, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

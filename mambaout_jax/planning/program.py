@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mambaout_jax.training.build import build_model, build_recipe
+from mambaout_jax.build import build_model, build_recipe
+from mambaout_jax.runtime.sharding import state_shardings
 from mambaout_jax.training.optimizer import make_optimizer
 from mambaout_jax.training.schedule import make_schedule
-from mambaout_jax.training.sharding import state_shardings
 from mambaout_jax.training.state import init_params, init_state
 from mambaout_jax.training.step import compile_train_step
 

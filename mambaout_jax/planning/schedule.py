@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from mambaout_jax.models.mambaout import DepthwiseConv
-from mambaout_jax.ops import depthwise_pallas_tpu
+from mambaout_jax.ops.depthwise import pallas_tpu
 from mambaout_jax.planning.program import Kernel
 from mambaout_jax.planning.topology import load_compiler, slice_devices
 
@@ -81,11 +81,11 @@ def _count(kernel: Kernel, device: Any, dumps: Path) -> int:
     dtype = {"bf16": jnp.bfloat16, "f32": jnp.float32}[kernel.dtype]
     x = jax.ShapeDtypeStruct(kernel.shape, dtype, sharding=sharding)
     if kernel.name == "depthwise_convolution":
-        function = depthwise_pallas_tpu.convolve
+        function = pallas_tpu.convolve
         taps = (size, size, 1, kernel.shape[-1])
         second = jax.ShapeDtypeStruct(taps, jnp.float32, sharding=sharding)
     else:
-        function = functools.partial(depthwise_pallas_tpu.filter_gradient, size=size)
+        function = functools.partial(pallas_tpu.filter_gradient, size=size)
         second = x
     before = set(dumps.iterdir())
     jax.jit(function).lower(x, second).compile()

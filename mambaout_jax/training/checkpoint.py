@@ -19,7 +19,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.training.processes import all_or_none
+from mambaout_jax.runtime.processes import all_or_none
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.weights.store import WeightsInfo
 

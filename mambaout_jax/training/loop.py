@@ -14,21 +14,22 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
+from mambaout_jax.build import Run, build_run, weights_info
 from mambaout_jax.errors import PreemptedError, UserError
-from mambaout_jax.evaluation import evaluate
-from mambaout_jax.training import checkpoint, goodput, interruption
-from mambaout_jax.training.build import Run, build_run, weights_info
-from mambaout_jax.training.goodput import Goodput
+from mambaout_jax.inference.evaluate import compile_eval_step, evaluate
+from mambaout_jax.runtime import goodput, preemption
+from mambaout_jax.runtime.goodput import Goodput
+from mambaout_jax.runtime.processes import all_or_none, check_alike
+from mambaout_jax.runtime.profiler import Profiler
+from mambaout_jax.runtime.sharding import on_device, state_shardings
+from mambaout_jax.runtime.workdir import hold_workdir
+from mambaout_jax.training import checkpoint
 from mambaout_jax.training.losses import Losses, NonFiniteLossError
-from mambaout_jax.training.processes import all_or_none, check_alike
-from mambaout_jax.training.profiler import Profiler
 from mambaout_jax.training.progress import Progress
 from mambaout_jax.training.recorder import Recorder, read_rows
-from mambaout_jax.training.sharding import on_device, state_shardings
 from mambaout_jax.training.skipping import batch_number, skipping
 from mambaout_jax.training.state import TrainState
-from mambaout_jax.training.step import compile_eval_step, compile_train_step
-from mambaout_jax.training.workdir import hold_workdir
+from mambaout_jax.training.step import compile_train_step
 from mambaout_jax.weights.finetune import initial_params
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
             logger.info("finished already: %s", summary(run, workdir, saved.best_step()))
             return
         clock = stack.enter_context(contextlib.closing(Goodput()))
-        asked_to_end = stack.enter_context(interruption.watch())
+        asked_to_end = stack.enter_context(preemption.watch())
         session = Session(workdir, saved, clock, asked_to_end)
 
         def begin() -> TrainState:

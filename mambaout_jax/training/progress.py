@@ -6,7 +6,7 @@ import time
 
 from tqdm import tqdm
 
-from mambaout_jax.training.goodput import WAIT, Goodput
+from mambaout_jax.runtime.goodput import WAIT, Goodput
 
 
 class Progress:

@@ -1,22 +1,19 @@
 """One step of training, one of evaluation, and their compilation over a mesh."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from clu import metrics
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mambaout_jax.data.on_device import augment_batch, normalize
 from mambaout_jax.models.mambaout import MambaOut
-from mambaout_jax.ops.compiler import compiler_options
-from mambaout_jax.training.sharding import BATCH
+from mambaout_jax.runtime.compilation import compiler_options
+from mambaout_jax.runtime.sharding import BATCH, over_mesh
+from mambaout_jax.training.mixing import augment_batch
 from mambaout_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -147,47 +144,6 @@ def train_step(
     return update_step(state, inputs, dropout_key, **parts)
 
 
-@flax.struct.dataclass
-class EvalMetrics(metrics.Collection):
-    """Sums and counts of an evaluation, divided once at its end."""
-
-    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
-    top1: metrics.Average.from_output("top1")  # type: ignore[valid-type]
-    top5: metrics.Average.from_output("top5")  # type: ignore[valid-type]
-
-
-def eval_step(
-    params: Any,
-    batch: Batch,
-    *,
-    model: MambaOut,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-) -> EvalMetrics:
-    """Returns the sums of one batch: "image" uint8 [N, H, W, 3], "label" [N], "mask" bool [N]."""
-    images = normalize(batch["image"], mean, std)
-    logits = jnp.asarray(model.apply({"params": params}, images))
-    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-    hits = best == batch["label"][:, None]
-    return EvalMetrics.single_from_model_output(
-        loss=optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),
-        top1=hits[:, 0].astype(jnp.float32),
-        top5=hits.any(axis=1).astype(jnp.float32),
-        mask=batch["mask"],
-    )
-
-
-def over_mesh(function: Callable[..., Any], mesh: Mesh, **parts: Any) -> Callable[..., Any]:
-    """Returns `function` with its parts, and the mesh in context as the kernels need it."""
-
-    @functools.wraps(function)
-    def on_mesh(*args: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **parts)
-
-    return on_mesh
-
-
 def compile_train_step(
     model: MambaOut,
     optimizer: optax.GradientTransformation,
@@ -202,17 +158,5 @@ def compile_train_step(
         in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
-    )
-
-
-def compile_eval_step(
-    model: MambaOut, recipe: Recipe, shardings: Any, mesh: Mesh
-) -> Callable[..., EvalMetrics]:
-    """Returns the jitted `eval_step` over the mesh; `shardings` are the parameters'."""
-    return jax.jit(
-        over_mesh(eval_step, mesh, model=model, mean=recipe.mean, std=recipe.std),
-        in_shardings=(shardings, NamedSharding(mesh, BATCH)),
-        out_shardings=NamedSharding(mesh, P()),
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )

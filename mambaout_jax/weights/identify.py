@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.models.mambaout import VARIANTS, Variant
+from mambaout_jax.models.variants import VARIANTS, Variant
 
 Layout = Literal["timm", "original"]
 Shapes = Mapping[str, tuple[int, ...]]

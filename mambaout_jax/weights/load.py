@@ -10,8 +10,9 @@ import numpy as np
 from etils import epath
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.models.mambaout import VARIANTS, MambaOut, find_variant
+from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.models.pretrained import PRETRAINED, find_pretrained, preprocessing
+from mambaout_jax.models.variants import VARIANTS, find_variant
 from mambaout_jax.weights.identify import find_classes, find_variant_of
 from mambaout_jax.weights.store import WeightsInfo, load_weights
 from mambaout_jax.weights.torch_file import SUFFIXES, read_state_dict

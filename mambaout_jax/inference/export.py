@@ -27,9 +27,9 @@ import numpy as np
 from jax import export as jax_export
 
 from mambaout_jax.errors import UserError
+from mambaout_jax.inference.predictor import forward
 from mambaout_jax.labels import class_names
 from mambaout_jax.models.mambaout import MambaOut
-from mambaout_jax.prediction import forward
 from mambaout_jax.weights.store import WeightsInfo
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -20,12 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.data.decoding import BadImageError
-from mambaout_jax.data.on_device import normalize
-from mambaout_jax.data.preprocess import Preprocessing, preprocess_image
+from mambaout_jax.data.preprocess import Preprocessing, normalize, preprocess_image
 from mambaout_jax.errors import UserError
 from mambaout_jax.labels import class_names
 from mambaout_jax.models.mambaout import MambaOut
-from mambaout_jax.ops.compiler import compiler_options
+from mambaout_jax.runtime.compilation import compiler_options
 from mambaout_jax.weights.load import read_weights
 from mambaout_jax.weights.store import WeightsInfo
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mambaout_jax.ops import layer_norm, normalization
+from mambaout_jax.ops import layer_norm, norm
 
 EPSILON = 1e-6
 BACKWARDS = {
-    "xla": normalization._backward_xla,
-    "gpu": functools.partial(normalization._backward_gpu, interpret=True),
+    "xla": norm._backward_xla,
+    "gpu": functools.partial(norm._backward_gpu, interpret=True),
 }
 
 

@@ -1,9 +1,10 @@
 """The mesh of devices, and where each array lies on it."""
 
 import collections
+import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +92,17 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree.map_with_path(sharding, state)
+
+
+def over_mesh(function: Callable[..., Any], mesh: Mesh, **parts: Any) -> Callable[..., Any]:
+    """Returns `function` with its parts, and the mesh in context as the kernels need it."""
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **parts)
+
+    return on_mesh
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

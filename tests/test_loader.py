@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from configs import default
-from mambaout_jax.data import chunks
-from mambaout_jax.data.pipeline import EvalBatches, TrainBatches
+from mambaout_jax.data import prefetch
+from mambaout_jax.data.loader import EvalBatches, TrainBatches
 from mambaout_jax.errors import UserError
 
 
@@ -180,21 +180,21 @@ def test_batches_must_divide_over_processes():
     ],
 )
 def test_workers_follow_the_cores(monkeypatch, cores, workers, pictures, expected):
-    monkeypatch.setattr(chunks, "usable_cores", lambda: cores)
-    monkeypatch.setattr(chunks, "free_shared_memory", lambda: 2**40)
-    options = chunks.worker_options(digits_config(workers=workers).data, pictures)
+    monkeypatch.setattr(prefetch, "usable_cores", lambda: cores)
+    monkeypatch.setattr(prefetch, "free_shared_memory", lambda: 2**40)
+    options = prefetch.worker_options(digits_config(workers=workers).data, pictures)
     assert options == (expected, 2)
 
 
 def test_workers_fit_into_shared_memory(monkeypatch):
-    monkeypatch.setattr(chunks, "usable_cores", lambda: 16)
-    monkeypatch.setattr(chunks, "free_shared_memory", lambda: 64 * 2**20)  # of a container
+    monkeypatch.setattr(prefetch, "usable_cores", lambda: 16)
+    monkeypatch.setattr(prefetch, "free_shared_memory", lambda: 64 * 2**20)  # of a container
     data = digits_config(workers=-1).data
     data.image_size = 224
-    assert chunks.worker_options(data) == (3, 2)
+    assert prefetch.worker_options(data) == (3, 2)
     data.workers = 16
     with pytest.raises(UserError, match="may need 294 MiB in /dev/shm, where 64 are free"):
-        chunks.worker_options(data)
+        prefetch.worker_options(data)
 
 
 class NoState(grain.IterDataset):
@@ -219,7 +219,7 @@ class NoStateIterator(grain.DatasetIterator):
 
 
 def test_workers_are_not_asked_for_a_state_which_would_start_them_one_by_one():
-    joined = chunks._Joined(NoState(), rows=3)
+    joined = prefetch._Joined(NoState(), rows=3)
     batches = iter(grain.experimental.ThreadPrefetchIterDataset(joined, prefetch_buffer_size=1))
     first, second = next(batches), next(batches)
     assert (first["label"].tolist(), second["label"].tolist()) == ([1, 1, 2], [3, 3, 4])
@@ -230,7 +230,7 @@ def test_workers_are_not_asked_for_a_state_which_would_start_them_one_by_one():
 KILLED = """
 import multiprocessing, os, signal, sys
 from configs import default
-from mambaout_jax.data.pipeline import TrainBatches
+from mambaout_jax.data.loader import TrainBatches
 
 config = default.get_config()
 config.data.update(name="digits", num_classes=10, image_size=24, workers=1)

@@ -4,22 +4,78 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from clu import metrics
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
-from mambaout_jax.data.pipeline import EvalBatches
+from mambaout_jax.build import build_preprocessing, build_recipe
+from mambaout_jax.data.loader import EvalBatches
+from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
-from mambaout_jax.training.build import build_preprocessing, build_recipe
-from mambaout_jax.training.sharding import check_batch, global_batch, make_mesh, state_shardings
-from mambaout_jax.training.step import EvalMetrics, compile_eval_step
+from mambaout_jax.models.mambaout import MambaOut
+from mambaout_jax.runtime.compilation import compiler_options
+from mambaout_jax.runtime.sharding import (
+    BATCH,
+    check_batch,
+    global_batch,
+    make_mesh,
+    over_mesh,
+    state_shardings,
+)
+from mambaout_jax.training.step import Batch, Recipe
 from mambaout_jax.weights.load import read_weights
 
 logger = logging.getLogger(__name__)
+
+
+@flax.struct.dataclass
+class EvalMetrics(metrics.Collection):
+    """Sums and counts of an evaluation, divided once at its end."""
+
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    top1: metrics.Average.from_output("top1")  # type: ignore[valid-type]
+    top5: metrics.Average.from_output("top5")  # type: ignore[valid-type]
+
+
+def eval_step(
+    params: Any,
+    batch: Batch,
+    *,
+    model: MambaOut,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> EvalMetrics:
+    """Returns the sums of one batch: "image" uint8 [N, H, W, 3], "label" [N], "mask" bool [N]."""
+    images = normalize(batch["image"], mean, std)
+    logits = jnp.asarray(model.apply({"params": params}, images))
+    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = best == batch["label"][:, None]
+    return EvalMetrics.single_from_model_output(
+        loss=optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),
+        top1=hits[:, 0].astype(jnp.float32),
+        top5=hits.any(axis=1).astype(jnp.float32),
+        mask=batch["mask"],
+    )
+
+
+def compile_eval_step(
+    model: MambaOut, recipe: Recipe, shardings: Any, mesh: Mesh
+) -> Callable[..., EvalMetrics]:
+    """Returns the jitted `eval_step` over the mesh; `shardings` are the parameters'."""
+    return jax.jit(
+        over_mesh(eval_step, mesh, model=model, mean=recipe.mean, std=recipe.std),
+        in_shardings=(shardings, NamedSharding(mesh, BATCH)),
+        out_shardings=NamedSharding(mesh, P()),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
 
 
 def evaluate(

@@ -14,10 +14,10 @@ from PIL import Image
 
 from mambaout_jax import load_pretrained, preprocess_image
 from mambaout_jax.__main__ import main
-from mambaout_jax.data.on_device import normalize
+from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
+from mambaout_jax.inference.predictor import Predictor, find_pictures
 from mambaout_jax.labels import class_names, imagenet_names, imagenet_wordnet_ids
-from mambaout_jax.prediction import Predictor, find_pictures
 
 
 @pytest.fixture(scope="module")

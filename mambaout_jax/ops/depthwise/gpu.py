@@ -10,8 +10,8 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from mambaout_jax.ops import depthwise_pallas_gpu, depthwise_xla
-from mambaout_jax.ops.on_mesh import batch_axes, on_mesh, sum_on_mesh
+from mambaout_jax.ops.depthwise import pallas_gpu, xla
+from mambaout_jax.ops.sharded import batch_axes, on_mesh, sum_on_mesh
 
 # Up to this many pixels of width our filter gradient is the faster one; docs/performance.md.
 _NARROW = 14
@@ -31,13 +31,13 @@ def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
 def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
     """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
     if x.shape[2] > _NARROW:
-        return depthwise_xla.filter_gradient(x, dy, kernel_size)
+        return xla.filter_gradient(x, dy, kernel_size)
     return sum_on_mesh(functools.partial(_filter_gradient, kernel_size=kernel_size), x, dy)
 
 
 @jax.jit
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    convolve = depthwise_pallas_gpu.convolve
+    convolve = pallas_gpu.convolve
     return lax.platform_dependent(
         x, kernel, cuda=convolve, default=functools.partial(convolve, interpret=True)
     )
@@ -45,7 +45,7 @@ def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="kernel_size")
 def _filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
-    gradient = functools.partial(depthwise_pallas_gpu.filter_gradient, size=kernel_size)
+    gradient = functools.partial(pallas_gpu.filter_gradient, size=kernel_size)
     return lax.platform_dependent(
         x, dy, cuda=gradient, default=functools.partial(gradient, interpret=True)
     )

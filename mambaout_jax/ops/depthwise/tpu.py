@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from mambaout_jax.ops import depthwise_pallas_tpu
-from mambaout_jax.ops.on_mesh import batch_axes, on_mesh, sum_on_mesh
+from mambaout_jax.ops.depthwise import pallas_tpu
+from mambaout_jax.ops.sharded import batch_axes, on_mesh, sum_on_mesh
 
 
 def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -35,7 +35,7 @@ def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
 
 @jax.jit
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    convolve = depthwise_pallas_tpu.convolve
+    convolve = pallas_tpu.convolve
     y = lax.platform_dependent(
         _images_before_channels(x),
         kernel,
@@ -47,7 +47,7 @@ def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="kernel_size")
 def _filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
-    gradient = functools.partial(depthwise_pallas_tpu.filter_gradient, size=kernel_size)
+    gradient = functools.partial(pallas_tpu.filter_gradient, size=kernel_size)
     return lax.platform_dependent(
         _images_before_channels(x),
         _images_before_channels(dy),

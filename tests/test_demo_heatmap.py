@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small_weights
 
-from mambaout_jax.evidence import evidence_map, overlay
+from demo.heatmap import evidence_map, overlay
 
 
 @pytest.fixture(scope="module")

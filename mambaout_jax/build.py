@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
 from mambaout_jax.config import duration_steps
-from mambaout_jax.data.pipeline import EvalBatches, TrainBatches
+from mambaout_jax.data.loader import EvalBatches, TrainBatches
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
+from mambaout_jax.runtime.sharding import check_batch, make_mesh
 from mambaout_jax.training.optimizer import make_optimizer
 from mambaout_jax.training.schedule import make_schedule, schedule_steps
-from mambaout_jax.training.sharding import check_batch, make_mesh
 from mambaout_jax.training.state import TrainState, init_params, init_state
 from mambaout_jax.training.step import Recipe
 from mambaout_jax.weights.store import WeightsInfo

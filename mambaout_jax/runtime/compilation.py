@@ -1,6 +1,11 @@
-"""What the compiler is told besides the program."""
+"""Compiler options by platform, and the cache of compiled programs."""
 
+import os
+from pathlib import Path
 from typing import Any
+
+import jax
+from ml_collections import ConfigDict
 
 _BY_PLATFORM: dict[str, dict[str, Any]] = {
     # Matrix products go to cuBLAS alone: Triton's, which XLA tries beside it, make a step slower
@@ -18,3 +23,15 @@ def compiler_options(platform: str) -> dict[str, Any]:
     docs/performance.md has the figures.
     """
     return dict(_BY_PLATFORM.get(platform, {}))
+
+
+def use_compilation_cache(config: ConfigDict) -> None:
+    """Keeps compiled programs in the folder that the configuration names.
+
+    "auto" is what JAX_COMPILATION_CACHE_DIR names, else a folder of the user's cache.
+    """
+    folder = config.compilation_cache
+    if folder == "auto":
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(home / "mambaout_jax" / "xla")
+    jax.config.update("jax_compilation_cache_dir", folder or None)

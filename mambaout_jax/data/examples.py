@@ -6,7 +6,7 @@ import functools
 import grain
 import numpy as np
 
-from mambaout_jax.data import augment, chunks, preprocess, sources
+from mambaout_jax.data import augment, prefetch, preprocess, sources
 from mambaout_jax.data.decoding import BadImageError
 from mambaout_jax.errors import UserError
 
@@ -78,13 +78,13 @@ class MakeTrainingChunk:
         self._global_batch = global_batch
         self.local_batch = local_batch
         self._first = first  # this process's first place in a global batch
-        self.per_batch = chunks.per_batch(local_batch)
+        self.per_batch = prefetch.per_batch(local_batch)
 
     def __call__(self, chunk: int) -> dict:
         """Makes the chunk of that number."""
         step, part = divmod(chunk, self.per_batch)
-        start = step * self._global_batch + self._first + part * chunks.CHUNK
-        length = min(chunks.CHUNK, self.local_batch - part * chunks.CHUNK)
+        start = step * self._global_batch + self._first + part * prefetch.CHUNK
+        length = min(prefetch.CHUNK, self.local_batch - part * prefetch.CHUNK)
         rows = [self._pictures[start + row] for row in range(length)]
         return {
             "image": np.stack([row["image"] for row in rows]),
@@ -110,14 +110,14 @@ class MakeEvaluationChunk:
         self.local_batch = local_batch
         self._process_index = process_index
         self._process_count = process_count
-        self.per_batch = chunks.per_batch(local_batch)
+        self.per_batch = prefetch.per_batch(local_batch)
 
     def __call__(self, chunk: int) -> dict:
         """Makes the chunk of that number."""
         step, part = divmod(chunk, self.per_batch)
         start = (step * self._process_count + self._process_index) * self.local_batch
-        start += part * chunks.CHUNK
-        length = min(chunks.CHUNK, self.local_batch - part * chunks.CHUNK)
+        start += part * prefetch.CHUNK
+        length = min(prefetch.CHUNK, self.local_batch - part * prefetch.CHUNK)
         image = np.zeros((length, *self._preprocessing.shape, 3), np.uint8)
         label = np.zeros(length, np.int32)
         mask = np.arange(start, start + length) < len(self._source)

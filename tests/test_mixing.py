@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mambaout_jax.data.on_device import augment_batch, mixup_cutmix, normalize, random_erasing
+from mambaout_jax.data.preprocess import normalize
+from mambaout_jax.training.mixing import augment_batch, mixup_cutmix, random_erasing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPTIONS = {

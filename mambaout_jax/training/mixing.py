@@ -10,24 +10,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from mambaout_jax.data.preprocess import normalize
+
 _ERASE_AREA = (0.02, 1 / 3)  # of the picture
 _ERASE_ASPECT = (0.3, 1 / 0.3)  # height to width
 _ERASE_TRIES = 10
-
-
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Turns pixels into the network's input.
-
-    Args:
-      images: uint8 [N, H, W, 3], or any dtype with values in [0, 255].
-      mean: of R, G and B in [0, 1].
-      std: of R, G and B in [0, 1].
-
-    Returns:
-      float32 [N, H, W, 3].
-    """
-    shift, scale = (255 * jnp.array(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
-    return (images.astype(jnp.float32) - shift) / scale
 
 
 def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:

@@ -9,8 +9,8 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from mambaout_jax.ops import normalization_pallas_gpu
-from mambaout_jax.ops.on_mesh import batch_axes, on_mesh
+from mambaout_jax.ops import norm_pallas_gpu
+from mambaout_jax.ops.sharded import batch_axes, on_mesh
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -77,7 +77,7 @@ def _backward_gpu(x, scale, dy, *shortcut, epsilon, interpret=False):
     maps, whole = PartitionSpec(axes), PartitionSpec()
 
     def backward(*args):
-        dx, *sums = normalization_pallas_gpu.backward(*args, epsilon=epsilon, interpret=interpret)
+        dx, *sums = norm_pallas_gpu.backward(*args, epsilon=epsilon, interpret=interpret)
         return dx, *(lax.psum(sums, axes) if axes else sums)
 
     specs = (maps, whole, maps, *(maps for _ in shortcut))

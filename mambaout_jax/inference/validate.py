@@ -1,6 +1,6 @@
 """Validation of checkpoints on labelled pictures, as timm's users know it, on one machine.
 
-Training's own evaluation, over many processes, is `mambaout_jax.evaluation`.
+Training's own evaluation, over many processes, is `mambaout_jax.inference.evaluate`.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ import numpy as np
 
 from mambaout_jax.data.sources import Source
 from mambaout_jax.errors import UserError
-from mambaout_jax.ground_truth import Truth, read_subset
+from mambaout_jax.inference.ground_truth import Truth, read_subset
+from mambaout_jax.inference.predictor import Predictor
 from mambaout_jax.models.pretrained import list_pretrained
-from mambaout_jax.prediction import Predictor
 from mambaout_jax.weights.load import read_weights
 
 logger = logging.getLogger(__name__)

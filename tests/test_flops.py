@@ -11,13 +11,14 @@ from jax.extend.core import jaxprs_in_params
 
 from mambaout_jax.__main__ import main
 from mambaout_jax.errors import UserError
-from mambaout_jax.models.counting import (
+from mambaout_jax.models.flops import (
     attention_block_macs,
     count_layers,
     count_total,
     long_sequence,
 )
-from mambaout_jax.models.mambaout import VARIANTS, create_model
+from mambaout_jax.models.mambaout import create_model
+from mambaout_jax.models.variants import VARIANTS
 
 MACS = {
     "mambaout_femto": 1_156_177_152,

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from mambaout_jax.data import augment, chunks, pictures, preprocess, sources
+from mambaout_jax.data import augment, examples, prefetch, preprocess, sources
 from mambaout_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -60,9 +60,9 @@ class TrainBatches(Iterator[Batch]):
         self.class_names = source.class_names
         self.bad_pictures: set[str] = set()
         self._max_bad = int(config.augment.max_bad_fraction * self.num_examples)
-        self._workers = chunks.worker_options(config.data)
-        local_batch = chunks.share(config.batch_size, process_count, "batch_size")
-        order = pictures.Order(
+        self._workers = prefetch.worker_options(config.data)
+        local_batch = prefetch.share(config.batch_size, process_count, "batch_size")
+        order = examples.Order(
             self.num_examples, config.augment.repeats, config.batch_size, config.seed
         )
         if config.augment.repeats < 1:
@@ -86,8 +86,8 @@ class TrainBatches(Iterator[Batch]):
         workers, threads = self._workers
         processes = f"{workers} worker processes of " if workers else ""
         self.made_by = f"{transform.backend_name} in {processes}{threads} threads"
-        make_picture = pictures.MakeTrainingPicture(source, order, transform, self._max_bad)
-        self._make_chunk = pictures.MakeTrainingChunk(
+        make_picture = examples.MakeTrainingPicture(source, order, transform, self._max_bad)
+        self._make_chunk = examples.MakeTrainingChunk(
             grain.MapDataset.range(sys.maxsize).seed(config.seed).random_map(make_picture),
             config.batch_size,
             local_batch,
@@ -101,7 +101,7 @@ class TrainBatches(Iterator[Batch]):
             first = self._step * self._make_chunk.per_batch
             parts = grain.MapDataset.range(first, sys.maxsize).map(self._make_chunk)
             self._iterator = iter(
-                chunks.join_ahead(parts, self._make_chunk.local_batch, self._workers)
+                prefetch.join_ahead(parts, self._make_chunk.local_batch, self._workers)
             )
         batch = next(self._iterator)
         self._note_damages(batch.pop("damages"))
@@ -145,7 +145,7 @@ class TrainBatches(Iterator[Batch]):
                 )
         if len(self.bad_pictures) > self._max_bad:
             raise UserError(
-                pictures.too_many([(name, "") for name in self.bad_pictures], self._max_bad)
+                examples.too_many([(name, "") for name in self.bad_pictures], self._max_bad)
             )
 
 
@@ -180,15 +180,15 @@ class EvalBatches:
         self.class_names = source.class_names
         self.name = source.name
         self._length = -(-self.num_examples // config.eval.batch_size)
-        self._workers = chunks.worker_options(config.data, self.num_examples // process_count)
-        self._make_chunk = pictures.MakeEvaluationChunk(
+        self._workers = prefetch.worker_options(config.data, self.num_examples // process_count)
+        self._make_chunk = examples.MakeEvaluationChunk(
             source,
             preprocess.Preprocessing(
                 size=config.data.image_size,
                 crop_pct=config.eval.crop_pct,
                 crop_mode=config.eval.crop_mode,
             ),
-            chunks.share(config.eval.batch_size, process_count, "eval.batch_size"),
+            prefetch.share(config.eval.batch_size, process_count, "eval.batch_size"),
             process_index,
             process_count,
         )
@@ -199,7 +199,7 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         length = self._length * self._make_chunk.per_batch
         parts = grain.MapDataset.range(length).map(self._make_chunk)
-        iterator = iter(chunks.join_ahead(parts, self._make_chunk.local_batch, self._workers))
+        iterator = iter(prefetch.join_ahead(parts, self._make_chunk.local_batch, self._workers))
         try:
             for batch in iterator:
                 del batch["damages"]

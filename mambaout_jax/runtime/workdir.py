@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
 from mambaout_jax.errors import UserError
-from mambaout_jax.training.processes import all_or_none
+from mambaout_jax.runtime.processes import all_or_none
 
 logger = logging.getLogger(__name__)
 

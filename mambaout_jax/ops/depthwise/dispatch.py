@@ -13,18 +13,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.ops import depthwise_cpu, depthwise_gpu, depthwise_tpu, depthwise_xla
+from mambaout_jax.ops.depthwise import cpu, gpu, tpu, xla
 
 _IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "xla": depthwise_xla,
-    "shifted": depthwise_cpu,
-    "pallas_gpu": depthwise_gpu,
-    "pallas_tpu": depthwise_tpu,
+    "xla": xla,
+    "shifted": cpu,
+    "pallas_gpu": gpu,
+    "pallas_tpu": tpu,
 }
 _BY_PLATFORM: dict[str, ModuleType] = {
-    "cpu": depthwise_cpu,
-    "cuda": depthwise_gpu,
-    "tpu": depthwise_tpu,
+    "cpu": cpu,
+    "cuda": gpu,
+    "tpu": tpu,
 }
 
 
@@ -112,4 +112,4 @@ def _dispatch(
     if implementation != "auto":
         return function(_IMPLEMENTATIONS[implementation])(*args)
     by_platform = {platform: function(ops) for platform, ops in _BY_PLATFORM.items()}
-    return lax.platform_dependent(*args, default=function(depthwise_xla), **by_platform)
+    return lax.platform_dependent(*args, default=function(xla), **by_platform)

@@ -1,0 +1,1 @@
+"""Depthwise convolution: one public function, one file a backend."""
