@@ -1,6 +1,5 @@
 """Configurations: reading them, checking them, durations, and the run that a workdir holds."""
 
-import difflib
 import itertools
 import json
 import re
@@ -9,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict
 
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import UserError, did_you_mean
 
 # What a resumed run may change: where and how fast it runs, not what it computes.
 FREE_KEYS = (
@@ -72,12 +70,6 @@ def shared(config: ConfigDict) -> dict[str, Any]:
     return {key: flat[key] for key in flat if not key.startswith(HOST_KEYS)}
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Returns a hint at the known name that is nearest to `name`, or nothing."""
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def load_config(path: str | Path) -> ConfigDict:
     """Returns the configuration that a file's `get_config` makes.
 
@@ -87,7 +79,7 @@ def load_config(path: str | Path) -> ConfigDict:
     path = Path(path)
     if not path.is_file():
         known = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
-        hint = nearest(str(path), known)
+        hint = did_you_mean(str(path), known)
         raise UserError(f"no configuration file {path}{hint} (known: {', '.join(known) or 'none'})")
     try:
         return runpy.run_path(str(path))["get_config"]()
@@ -118,7 +110,7 @@ def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
                     f"{key!r} is a section: set one of its keys, such as --{flag}.{key}.…"
                 )
             last = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
-            hint = f"; did you mean {last[0]!r}?" if last else nearest(key, list(keys))
+            hint = f"; did you mean {last[0]!r}?" if last else did_you_mean(key, list(keys))
             raise UserError(f"unknown configuration key {key!r}{hint}")
 
 
@@ -153,7 +145,7 @@ def check(config: ConfigDict) -> None:
     for key, choices in CHOICES.items():
         if flat[key] not in choices:
             raise UserError(
-                f"config.{key} is {flat[key]!r}{nearest(str(flat[key]), choices)}"
+                f"config.{key} is {flat[key]!r}{did_you_mean(str(flat[key]), choices)}"
                 f" (expected one of {', '.join(choices)})"
             )
     for key in DURATIONS:
@@ -171,60 +163,3 @@ def check(config: ConfigDict) -> None:
             f"config.batch_size {config.batch_size} does not divide into "
             f"config.accumulate_steps {config.accumulate_steps} equal parts"
         )
-
-
-def check_workdir(workdir: epath.Path, config: ConfigDict) -> bool:
-    """Checks that the workdir is free, or holds this run; writes nothing.
-
-    Returns:
-        Whether the workdir is new.
-
-    Raises:
-        UserError: when the workdir holds a run of another configuration, or other files.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        theirs, ours = json.loads(path.read_text()), flatten(config)
-        differing = [
-            f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
-            for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key) and not key.startswith(FREE_KEYS)
-        ]
-        if differing:
-            raise UserError(
-                f"{workdir} holds a run of another configuration ({'; '.join(differing)}): "
-                "choose another --workdir, or the configuration that it was started with"
-            )
-        return False
-    # A command that was killed at its very beginning leaves these.
-    begun = {"lock", "config.part"}
-    if workdir.exists() and (
-        not workdir.is_dir() or {path.name for path in workdir.iterdir()} - begun
-    ):
-        raise UserError(f"{workdir} holds other files and no run: choose an empty --workdir")
-    return True
-
-
-def write_config(workdir: epath.Path, config: ConfigDict) -> None:
-    """Makes the workdir this run's, where it is no run's yet.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
-    if not (workdir / "config.json").exists():
-        write_json(workdir / "config.json", flatten(config))
-
-
-def write_json(path: epath.Path, report: dict[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(report, indent=2) + "\n")
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None

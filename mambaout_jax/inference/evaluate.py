@@ -20,6 +20,7 @@ from mambaout_jax.build import build_preprocessing, build_recipe
 from mambaout_jax.data.loader import EvalBatches
 from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
+from mambaout_jax.files import write_json
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.runtime.compilation import compiler_options
 from mambaout_jax.runtime.sharding import (
@@ -147,5 +148,5 @@ def evaluate_weights(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
         *(report[key] for key in ("weights", "data", "top1", "top5", "loss", "examples")),
     )
     if jax.process_index() == 0:
-        configuration.write_json(workdir / "eval.json", report)
+        write_json(workdir / "eval.json", report)
     return report

@@ -1,10 +1,9 @@
 """The published weights on the Hugging Face hub, and the preprocessing that belongs to a name."""
 
 import dataclasses
-import difflib
 
 from mambaout_jax.data.preprocess import Preprocessing
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import UserError, did_you_mean
 from mambaout_jax.models.variants import VARIANTS, find_variant
 
 HUB_OWNER = "timm"  # of the repositories, one for each entry of PRETRAINED
@@ -71,9 +70,8 @@ def find_pretrained(name: str) -> Pretrained:
     name = name.removeprefix(f"{HUB_OWNER}/")
     if name in PRETRAINED:
         return PRETRAINED[name]
-    near = difflib.get_close_matches(name, PRETRAINED, 1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown pretrained weights {name!r}: {hint}known are {', '.join(PRETRAINED)}")
+    hint = did_you_mean(name, PRETRAINED)
+    raise UserError(f"unknown pretrained weights {name!r}{hint} (known: {', '.join(PRETRAINED)})")
 
 
 def preprocessing(name: str) -> Preprocessing:

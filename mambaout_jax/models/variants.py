@@ -1,9 +1,8 @@
 """The variants: one immutable table of differences."""
 
 import dataclasses
-import difflib
 
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +71,6 @@ def find_variant(name: str) -> Variant:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    near = difflib.get_close_matches(name, VARIANTS, 1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown model {name!r}: {hint}known models are {', '.join(VARIANTS)}")
+    raise UserError(
+        f"unknown model {name!r}{did_you_mean(name, VARIANTS)} (known: {', '.join(VARIANTS)})"
+    )

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def join_processes() -> None:
             raise UserError(f"cannot join the other processes of the run: {error}") from None
     except RuntimeError as error:
         raise UserError(
-            f"cannot join the other processes of the run: {str(error).splitlines()[0]}; start the "
+            f"cannot join the other processes of the run: {first_line(error)}; start the "
             "same command on every host"
         ) from None
     finally:
@@ -108,11 +108,6 @@ def leave_after(error: Exception) -> None:
         )
     traceback.print_exception(error)
     end(first_line(error), FAILED)
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or the error's name."""
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def gather(text: str) -> list[str]:

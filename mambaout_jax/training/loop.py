@@ -91,7 +91,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
     logger.info("training pictures by %s", run.batches.made_by)
     with contextlib.ExitStack() as stack:
         stack.callback(run.batches.close)
-        stack.enter_context(hold_workdir(workdir, config))
+        stack.enter_context(
+            hold_workdir(workdir, configuration.flatten(config), configuration.FREE_KEYS)
+        )
         saved = stack.enter_context(checkpoint.open_checkpoints(workdir, config.checkpoint.keep))
         latest = saved.latest_step()
         if latest is not None and latest >= run.total_steps:

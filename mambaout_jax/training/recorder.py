@@ -1,17 +1,16 @@
 """What a run leaves to look at: metrics.csv, curves.png, TensorBoard events; wandb if asked."""
 
-import contextlib
 import csv
 import io
 import os
 import time
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from mambaout_jax.errors import UserError
+from mambaout_jax.files import write_file, writing
 
 COLUMNS = ("step", "epoch", "learning_rate", "train_loss", "eval_loss", "top1", "top5")
 
@@ -76,7 +75,7 @@ class Recorder:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        replace(self.path, text.getvalue().encode())
+        write_file(self.path, text.getvalue())
         names = {"eval_loss": "eval/loss", "top1": "eval/top1", "top5": "eval/top5"}
         self.scalars(int(values["step"]), {names[key]: values[key] for key in names})
         draw_curves(self.rows, self.workdir / "curves.png")
@@ -105,27 +104,6 @@ def read_rows(path: epath.Path) -> list[dict[str, Any]]:
         {key: int(value) if key == "step" else float(value) for key, value in row.items()}
         for row in csv.DictReader(path.read_text().splitlines())
     ]
-
-
-def replace(path: epath.Path, content: bytes) -> None:
-    """Writes a file anew, whole or not at all."""
-    part = path.with_suffix(".part")
-    with writing(path):
-        part.write_bytes(content)
-        part.replace(path)
-
-
-@contextlib.contextmanager
-def writing(path: epath.Path) -> Iterator[None]:
-    """Turns what writing failed of into a sentence.
-
-    Raises:
-        UserError: names what cannot be written, and why.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def open_events(folder: epath.Path, start_step: int) -> Any:
@@ -163,4 +141,4 @@ def draw_curves(rows: list[dict[str, Any]], path: epath.Path) -> None:
         axes.grid(alpha=0.3)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
-    replace(path, png.getvalue())
+    write_file(path, png.getvalue())

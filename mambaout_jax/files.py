@@ -1,0 +1,83 @@
+"""Writing files: each appears whole or not at all."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from mambaout_jax.errors import UserError, first_line
+
+
+def is_bucket(path: epath.PathLike) -> bool:
+    """Returns whether a path is in a bucket, such as gs://bucket/run."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[None]:
+    """Reports a failed write as one sentence.
+
+    Raises:
+        UserError: names the file and the cause.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[Path]:
+    """Yields a temporary local file beside `path`, which replaces it when the block succeeds.
+
+    The temporary file has the suffix of `path`, as writers that look at suffixes need it. On an
+    error it is removed and `path` is left as it was.
+
+    Raises:
+        UserError: names the file and the cause when it cannot be written.
+    """
+    target = Path(path)
+    with writing(target):
+        handle, name = tempfile.mkstemp(target.suffix, f".{target.name}.", target.parent)
+        os.close(handle)
+        part = Path(name)
+        try:
+            yield part
+            umask = os.umask(0)
+            os.umask(umask)
+            part.chmod(0o666 & ~umask)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_file(path: epath.PathLike, content: bytes | str) -> None:
+    """Writes a file, whole or not at all. In a bucket every write is so by itself.
+
+    Raises:
+        UserError: names the file and the cause when it cannot be written.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    path = epath.Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if is_bucket(path):
+        with writing(path):
+            path.write_bytes(content)
+        return
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes a JSON file, whole or not at all.
+
+    Raises:
+        UserError: names the file and the cause when it cannot be written.
+    """
+    write_file(path, json.dumps(value, indent=2) + "\n")
