@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from configs import quickstart
+from mambaout_jax.build import build_dataset
 from mambaout_jax.data.preprocess import preprocess_image
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.inference.predictor import forward
@@ -46,8 +47,8 @@ def random_params(model: MambaOut) -> dict[str, Any]:
 
 def digits(info: WeightsInfo) -> np.ndarray:
     """Returns the held-out digits, uint8 [360, H, W, 3]."""
-    data = quickstart.get_config().data
-    source = open_source(data, data.eval_split)
+    dataset = build_dataset(quickstart.get_config())
+    source = open_source(dataset, dataset.eval_split)
     return np.stack(
         [preprocess_image(source[i]["image"], info.preprocessing) for i in range(len(source))]
     )

@@ -60,7 +60,7 @@ def write_pictures(directory: Path, count: int) -> None:
 def our_batches(options: argparse.Namespace, policy: str):
     """Yields our training batches, endlessly."""
     from configs import default
-    from mambaout_jax.data.loader import TrainBatches
+    from mambaout_jax.build import build_train_batches
 
     config = default.get_config()
     config.data.update(source="folder", dir=options.directory, num_classes=1)
@@ -70,7 +70,7 @@ def our_batches(options: argparse.Namespace, policy: str):
     config.data.backend = "pillow" if options.run == "ours+pillow" else "fast"
     config.augment.policy = policy
     config.batch_size = options.batch
-    yield from TrainBatches(config)
+    yield from build_train_batches(config)
 
 
 def timm_batches(options: argparse.Namespace, policy: str):

@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
 from mambaout_jax.config import duration_steps
-from mambaout_jax.data.loader import EvalBatches, TrainBatches
+from mambaout_jax.data.augment import Augmentation
+from mambaout_jax.data.loader import EvalBatches, LoaderOptions, TrainBatches
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from mambaout_jax.data.sources import Dataset
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
 from mambaout_jax.runtime.sharding import check_batch, make_mesh
@@ -49,6 +51,78 @@ def build_preprocessing(config: ConfigDict) -> Preprocessing:
         interpolation="bicubic",
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+    )
+
+
+def build_dataset(config: ConfigDict) -> Dataset:
+    """Returns which dataset to read."""
+    return Dataset(
+        kind=config.data.source,
+        name=config.data.name,
+        directory=config.data.dir,
+        train_split=config.data.train_split,
+        eval_split=config.data.eval_split,
+        num_classes=config.data.num_classes,
+    )
+
+
+def build_augmentation(config: ConfigDict) -> Augmentation:
+    """Returns how training images are augmented on the host."""
+    augment = config.augment
+    return Augmentation(
+        image_size=config.data.image_size,
+        crop_scale=tuple(augment.crop_scale),
+        crop_ratio=tuple(augment.crop_ratio),
+        interpolation=augment.interpolation,
+        hflip=augment.hflip,
+        policy=augment.policy,
+        color_jitter=augment.color_jitter,
+    )
+
+
+def build_loader_options(config: ConfigDict) -> LoaderOptions:
+    """Returns how fast images are made."""
+    data = config.data
+    return LoaderOptions(workers=data.workers, threads=data.threads, backend=data.backend)
+
+
+def build_train_batches(
+    config: ConfigDict, *, process_index: int = 0, process_count: int = 1, start_step: int = 0
+) -> TrainBatches:
+    """Returns the training batches of one process.
+
+    Raises:
+        UserError: see `TrainBatches`.
+    """
+    return TrainBatches(
+        build_dataset(config),
+        build_augmentation(config),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        repeats=config.augment.repeats,
+        max_bad_fraction=config.augment.max_bad_fraction,
+        loader=build_loader_options(config),
+        process_index=process_index,
+        process_count=process_count,
+        start_step=start_step,
+    )
+
+
+def build_eval_batches(
+    config: ConfigDict, *, process_index: int = 0, process_count: int = 1
+) -> EvalBatches:
+    """Returns the evaluation batches of one process.
+
+    Raises:
+        UserError: see `EvalBatches`.
+    """
+    return EvalBatches(
+        build_dataset(config),
+        build_preprocessing(config),
+        batch_size=config.eval.batch_size,
+        loader=build_loader_options(config),
+        process_index=process_index,
+        process_count=process_count,
     )
 
 
@@ -114,7 +188,7 @@ def build_run(config: ConfigDict) -> Run:
     check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
     model = build_model(config)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = TrainBatches(config, **process)
+    batches = build_train_batches(config, **process)
     if not batches.steps_per_epoch:
         raise UserError(
             f"config.batch_size {config.batch_size} is more than the "
@@ -126,7 +200,7 @@ def build_run(config: ConfigDict) -> Run:
         config=config,
         mesh=mesh,
         batches=batches,
-        eval_batches=EvalBatches(config, **process),
+        eval_batches=build_eval_batches(config, **process),
         model=model,
         schedule=schedule,
         optimizer=make_optimizer(config, schedule),

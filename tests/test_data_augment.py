@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import default
+from mambaout_jax.build import build_augmentation
 from mambaout_jax.data.augment import TrainTransform, color_jitter, draw_crop
 from mambaout_jax.data.backends import PillowBackend, open_backend
 from mambaout_jax.errors import UserError
@@ -35,7 +36,7 @@ def plain_config(**augment):
 
 
 def transformed(seed=0, **augment):
-    transform = TrainTransform(plain_config(**augment))
+    transform = TrainTransform(build_augmentation(plain_config(**augment)), "auto")
     return transform(png(NOISE), np.random.default_rng(seed), "noise")
 
 
@@ -62,7 +63,7 @@ def test_crop_area_and_ratio_follow_their_formulas():
     assert uniform_distance(boxes[:, 1] / (1000 - height), 0, 1) < bound
 
 
-def test_crops_lie_inside_and_tall_pictures_fall_back_to_the_centre():
+def test_crops_lie_inside_and_tall_images_fall_back_to_the_centre():
     rng = np.random.default_rng(0)
     for _ in range(500):
         left, top, right, bottom = draw_crop((7, 5), SCALE, RATIO, rng)
@@ -84,8 +85,6 @@ def test_interpolation_is_drawn_with_even_odds():
     assert len(forms) == 2
     drawn = [forms[transformed(s, interpolation="random").tobytes()] for s in range(400)]
     assert abs(drawn.count("bicubic") - 200) < 2.6 * 10
-    with pytest.raises(UserError, match=r"augment.interpolation is 'area'"):
-        transformed(interpolation="area")
 
 
 def test_flip_has_its_probability():
@@ -113,20 +112,9 @@ def test_policy_acts_and_depends_on_the_generator_alone():
     assert not np.array_equal(first, transformed(2, policy=policy))
 
 
-@pytest.mark.parametrize("key", ["crop_scale", "crop_ratio"])
-def test_intervals_must_rise(key):
-    with pytest.raises(UserError, match=f"augment.{key} is .*two rising positive numbers"):
-        transformed(**{key: (0.5, 0.1)})
-
-
 def test_backends_are_chosen_by_name_and_by_what_is_installed(monkeypatch):
     assert isinstance(open_backend("pillow"), PillowBackend)
     monkeypatch.setitem(sys.modules, "mambaout_jax.data.fast.backend", None)  # as without Numba
     assert isinstance(open_backend("auto"), PillowBackend)
-    config = plain_config()
-    config.data.backend = "fast"
     with pytest.raises(UserError, match=r"'fast' needs Numba .*pip install"):
-        TrainTransform(config)
-    config.data.backend = "opencv"
-    with pytest.raises(UserError, match=r"data.backend is 'opencv'"):
-        TrainTransform(config)
+        open_backend("fast")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from configs import default
+from mambaout_jax.build import build_augmentation
 from mambaout_jax.data import image_ops
 from mambaout_jax.data.augment import TrainTransform
 from mambaout_jax.data.backends import PillowBackend, open_backend
@@ -201,9 +202,9 @@ def test_the_whole_transform_is_the_same(policy, jitter):
     pictures = []
     for backend in ("pillow", "fast"):
         config = default.get_config()
-        config.data.update(backend=backend, image_size=48)
+        config.data.image_size = 48
         config.augment.update(policy=policy, color_jitter=jitter)
-        transform = TrainTransform(config)
+        transform = TrainTransform(build_augmentation(config), backend)
         pictures.append([transform(files[s % 4], np.random.default_rng(s), "x") for s in range(80)])
     np.testing.assert_array_equal(*pictures)
 
@@ -211,3 +212,5 @@ def test_the_whole_transform_is_the_same(policy, jitter):
 def test_the_fast_backend_is_taken_where_it_can_be():
     assert isinstance(open_backend("auto"), FastBackend)
     assert isinstance(open_backend("fast"), FastBackend)
+    decoder = " + libjpeg-turbo" if turbojpeg.library() else ""
+    assert open_backend("auto").made_by == f"Pillow + Numba{decoder}"

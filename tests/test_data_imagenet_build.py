@@ -7,10 +7,11 @@ import sys
 import tarfile
 
 import pytest
+from batches import eval_batches, train_batches
 from imagenet_fixture import LABELS_FILE, jpeg, train_tiny
 
 from configs import tiny
-from mambaout_jax.data.loader import EvalBatches, TrainBatches
+from mambaout_jax.build import build_dataset
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.errors import UserError
 
@@ -55,13 +56,13 @@ def check(directory):
     config.data.dir = str(directory)
     config.data.image_size = 64
     config.batch_size = config.eval.batch_size = 16
-    source = open_source(config.data, "train")
+    source = open_source(build_dataset(config), "train")
     assert (len(source), source.num_classes) == (48, 1000)
     assert {source[i]["image"]: source[i]["label"] for i in range(48)} == {
         jpeg(number): number // 2 for number in range(48)
     }
-    assert next(TrainBatches(config))["image"].shape == (16, 64, 64, 3)
-    assert sum(batch["mask"].sum() for batch in EvalBatches(config)) == 12
+    assert next(train_batches(config))["image"].shape == (16, 64, 64, 3)
+    assert sum(batch["mask"].sum() for batch in eval_batches(config)) == 12
 
 
 def test_build_writes_what_training_reads(tars, tmp_path):
@@ -78,6 +79,6 @@ def test_a_tfrecord_copy_is_converted_by_the_command_of_the_message(tars, tmp_pa
     config = tiny.get_config()
     config.data.dir = str(tmp_path)
     with pytest.raises(UserError) as caught:
-        open_source(config.data, "train")
+        open_source(build_dataset(config), "train")
     tfds(*str(caught.value).split("tfds ", 1)[1].split())
     check(tmp_path)

@@ -4,10 +4,11 @@ import io
 
 import numpy as np
 import pytest
+from batches import eval_batches
 from PIL import Image
 
 from configs import default
-from mambaout_jax.data.loader import EvalBatches
+from mambaout_jax.build import build_dataset
 from mambaout_jax.data.preprocess import Preprocessing, preprocess_image
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.errors import UserError
@@ -82,8 +83,8 @@ def test_the_loader_gives_the_same_pixels():
     config.data.update(name="digits", num_classes=10, image_size=20, threads=2)
     config.eval.update(batch_size=7, crop_pct=0.8, crop_mode="squash")
     preprocessing = Preprocessing(size=20, crop_pct=0.8, crop_mode="squash")
-    source = open_source(config.data, "validation")
-    first = next(iter(EvalBatches(config)))
+    source = open_source(build_dataset(config), "validation")
+    first = next(iter(eval_batches(config)))
     for row in range(7):
         expected = preprocess_image(source[row]["image"], preprocessing)
         np.testing.assert_array_equal(first["image"][row], expected)
@@ -104,7 +105,7 @@ def test_meaningless_options_are_refused(options, message):
 
 
 def test_unknown_filters_and_files_are_named():
-    with pytest.raises(UserError, match="interpolation 'cubic' is unknown; known are bicubic"):
+    with pytest.raises(UserError, match="unknown interpolation 'cubic'; did you mean 'bicubic'"):
         preprocess_image(encode(RGB), Preprocessing(interpolation="cubic"))
-    with pytest.raises(UserError, match=r"x.png cannot be decoded \(no image\)"):
+    with pytest.raises(UserError, match=r"x.png cannot be decoded \(not an image\)"):
         preprocess_image(b"nothing", Preprocessing(), "x.png")

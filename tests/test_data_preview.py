@@ -1,4 +1,4 @@
-"""The contact sheet shows the pictures and writes a file."""
+"""The contact sheet shows the images and writes a file."""
 
 import subprocess
 import sys
@@ -6,21 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from batches import train_batches
 from PIL import Image
 
 from configs import default
-from mambaout_jax.data.loader import TrainBatches
 from mambaout_jax.data.preview import contact_sheet, save
 from mambaout_jax.errors import UserError
 
 
-def test_sheet_holds_the_first_pictures():
+def test_sheet_holds_the_first_images():
     config = default.get_config()
     config.data.update(name="digits", num_classes=10, image_size=96, threads=2)
     config.batch_size = 4
-    sheet = np.asarray(contact_sheet(TrainBatches(config), rows=2, columns=3))
+    sheet = np.asarray(contact_sheet(train_batches(config), rows=2, columns=3))
     assert sheet.shape == (2 * 112, 3 * 96, 3)
-    batches = TrainBatches(config)
+    batches = train_batches(config)
     first, second = next(batches)["image"], next(batches)["image"]
     np.testing.assert_array_equal(sheet[:96, 96:192], first[1])
     np.testing.assert_array_equal(sheet[112:208, 192:], second[1])
@@ -30,7 +30,7 @@ def test_sheet_holds_the_first_pictures():
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("sheet.doc", "ends in .png, .jpg or .webp"),
+        ("sheet.doc", "expected a .png, .jpg or .webp file"),
         ("none/sheet.png", "cannot be written: No such"),
     ],
 )
@@ -39,8 +39,9 @@ def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path, output, mess
         save(Image.new("RGB", (4, 4)), str(tmp_path / output))
 
 
-def test_command_writes_a_file(tmp_path):
-    command = [sys.executable, "-m", "mambaout_jax.data.preview"]
+@pytest.mark.parametrize("module", ["cli", "data"])  # the command's name, and its former one
+def test_command_writes_a_file(tmp_path, module):
+    command = [sys.executable, "-m", f"mambaout_jax.{module}.preview"]
     command += ["--config=configs/quickstart.py", f"--output={tmp_path / 'sheet.png'}", "--rows=2"]
     root = Path(__file__).parents[1]
     subprocess.run(command, check=True, capture_output=True, cwd=root)

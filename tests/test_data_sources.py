@@ -13,6 +13,7 @@ from imagenet_fixture import jpeg, write_imagenet
 from PIL import Image
 
 from configs import default
+from mambaout_jax.build import build_dataset
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.errors import UserError
 
@@ -27,15 +28,15 @@ def folder(tmp_path):
     for split, classes in (("train", "abc"), ("val", "ac")):
         for number, name in enumerate(classes):
             (tmp_path / split / name).mkdir(parents=True)
-            for picture in range(2):
-                (tmp_path / split / name / f"{picture}.JPEG").write_bytes(jpeg(number))
+            for image in range(2):
+                (tmp_path / split / name / f"{image}.JPEG").write_bytes(jpeg(number))
     return tmp_path
 
 
 def data(**options):
-    config = default.get_config().data
-    config.update(options)
-    return config
+    config = default.get_config()
+    config.data.update(options)
+    return build_dataset(config)
 
 
 def folder_data(folder, **options):
@@ -94,10 +95,9 @@ def test_digits_are_what_their_builder_makes():
 
 def test_reading_never_loads_tensorflow_or_torch():
     script = (
-        "import sys; from configs import default;"
-        "from mambaout_jax.data.sources import open_source;"
-        "c = default.get_config().data; c.name = 'digits'; c.num_classes = 10;"
-        "open_source(c, 'train')[0]; assert not {'tensorflow', 'torch'} & set(sys.modules)"
+        "import sys; from mambaout_jax.data.sources import Dataset, open_source;"
+        "dataset = Dataset('tfds', 'digits', '', 'train', 'validation', 10);"
+        "open_source(dataset, 'train')[0]; assert not {'tensorflow', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -114,6 +114,12 @@ def test_data_not_prepared_names_the_command(tmp_path):
     with pytest.raises(UserError, match="tfds build imagenet2012 --file_format=array_record") as e:
         open_source(data(dir=str(tmp_path)), "train")
     assert f"--data_dir={tmp_path}" in str(e.value)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("imagenet2013", "imagenet2012"), ("digit", "digits")])
+def test_a_name_with_a_typo_names_a_dataset_that_is_there(imagenet, name, meant):
+    with pytest.raises(UserError, match=rf"{name} is not prepared in .*; did you mean '{meant}'\?"):
+        open_source(data(dir=str(imagenet), name=name), "train")
 
 
 def test_tfrecord_names_the_conversion(imagenet, tmp_path):
@@ -136,33 +142,33 @@ def test_array_record_beside_tfrecord_is_read(imagenet, tmp_path):
 
 
 def test_unknown_splits_name_the_known_ones(imagenet, folder):
-    with pytest.raises(UserError, match="no split 'test'; its splits are train, validation"):
+    with pytest.raises(UserError, match=r"no split 'test' \(its splits are train, validation;"):
         open_source(data(dir=str(imagenet)), "test")
-    with pytest.raises(UserError, match="no split 'validation'; there is train, val"):
+    with pytest.raises(
+        UserError,
+        match=r"no split 'validation' \(its folders are train, val\)",
+    ):
         open_source(folder_data(folder), "validation")
 
 
 def test_class_count_must_fit(imagenet):
-    with pytest.raises(UserError, match=r"num_classes is 10, .*--config.data.num_classes=1000"):
+    with pytest.raises(
+        UserError, match=r"has 1000 classes, but the model has 10: .*\.num_classes=1000"
+    ):
         open_source(data(dir=str(imagenet), num_classes=10), "train")
 
 
 def test_folder_mistakes_are_named(folder, tmp_path):
-    with pytest.raises(UserError, match="nowhere', which is no folder"):
+    with pytest.raises(UserError, match=r"no folder .*nowhere': expected"):
         open_source(folder_data(tmp_path / "nowhere"), "train")
     (folder / "val" / "z").mkdir()
-    with pytest.raises(UserError, match=r"z is a class that .*train lacks"):
+    with pytest.raises(UserError, match=r"z is a class that .*train does not have"):
         open_source(folder_data(folder), "val")
-    (folder / "train" / "b" / "notes.txt").write_text("no picture")
-    with pytest.raises(UserError, match=r"notes.txt is no image"):
+    (folder / "train" / "b" / "notes.txt").write_text("not an image")
+    with pytest.raises(UserError, match=r"notes.txt is not an image"):
         open_source(folder_data(folder), "train")
     (folder / "train" / "b" / "notes.txt").unlink()
-    for picture in (folder / "train" / "b").iterdir():
-        picture.unlink()
+    for image in (folder / "train" / "b").iterdir():
+        image.unlink()
     with pytest.raises(UserError, match=r"class folder .*b is empty"):
         open_source(folder_data(folder), "train")
-
-
-def test_unknown_source_is_refused():
-    with pytest.raises(UserError, match=r"data.source is 'zip'; it is either 'tfds' or 'folder'"):
-        open_source(data(source="zip"), "train")

@@ -18,7 +18,7 @@ import pytest
 from etils import epath
 
 from mambaout_jax import config as configuration
-from mambaout_jax.data.loader import TrainBatches
+from mambaout_jax.build import build_train_batches
 from mambaout_jax.errors import PreemptedError, UserError
 from mambaout_jax.runtime.compilation import use_compilation_cache
 from mambaout_jax.runtime.goodput import COMPILE, WAIT, Goodput
@@ -192,7 +192,7 @@ def test_a_second_run_in_a_workdir_is_refused_until_the_first_is_gone(stopped):
 
 def test_a_bad_batch_is_left_out_where_that_is_allowed(tmp_path, monkeypatch, caplog):
     """The sixth batch, number 5, makes loss and parameters NaN; checkpoint 4 is before it."""
-    batches = TrainBatches(small_config())
+    batches = build_train_batches(small_config())
     bad = [next(batches)["label"] for _ in range(6)][5]
     batches.close()
     compile_train_step = loop.compile_train_step

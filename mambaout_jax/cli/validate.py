@@ -75,15 +75,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace, num_classes: int):
-    """Opens the pictures."""
-    from ml_collections import ConfigDict
-
-    from mambaout_jax.data.sources import FolderSource, open_source
+    """Opens the images."""
+    from mambaout_jax.data.sources import Dataset, FolderSource, open_source
 
     if args.data == "folder":
         return FolderSource(args.data_dir, args.split, reference_split="train")
-    data = {"source": "tfds", "name": args.data, "dir": args.data_dir, "num_classes": num_classes}
-    return open_source(ConfigDict(data), args.split)
+    dataset = Dataset(
+        kind="tfds",
+        name=args.data,
+        directory=args.data_dir,
+        train_split="train",
+        eval_split=args.split,
+        num_classes=num_classes,
+    )
+    return open_source(dataset, args.split)
 
 
 def _write(args: argparse.Namespace, results: list) -> None:

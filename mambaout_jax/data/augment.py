@@ -1,18 +1,17 @@
-"""Training pictures on the host: random-resized crop, flip, policy, colour jitter.
+"""Augmentation of training images on the host: random-resized crop, flip, policy, colour jitter.
 
-Pictures stay uint8 from the file to the device. Every draw comes from the generator that is
-passed in, so that a picture's augmentation is a function of that generator's state alone.
-Mixing, normalisation and random erasing follow on the device, in `on_device`.
+Images stay uint8 from the file to the device. Every random number comes from the generator that
+is passed in, so an image's augmentation depends on that generator's state alone. Mixing,
+normalisation and random erasing follow on the device, in the training step.
 """
 
+import dataclasses
 import math
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
 from mambaout_jax.data import backends, image_ops, randaugment
-from mambaout_jax.errors import UserError
 
 _CROP_TRIES = 10
 _FILTERS = {
@@ -22,65 +21,80 @@ _FILTERS = {
 }
 
 
-class TrainTransform:
-    """Makes a training picture of an encoded file; cloudpickle takes it, and threads may share it.
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How training images are augmented on the host.
 
     Attributes:
-      backend_name: which backend it uses.
+      image_size: side of the square result in pixels.
+      crop_scale: bounds of the random crop's fraction of the image's area.
+      crop_ratio: bounds of the random crop's width divided by its height.
+      interpolation: "bilinear", "bicubic", or "random" (either, with equal probability).
+      hflip: probability of a horizontal flip.
+      policy: timm's RandAugment string, "3a" (3-Augment), or "" (none).
+      color_jitter: strength of the jitter of brightness, contrast and saturation; 0: none.
     """
 
-    def __init__(self, config: ConfigDict):
-        """Reads the options.
+    image_size: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    interpolation: str
+    hflip: float
+    policy: str
+    color_jitter: float
+
+
+class TrainTransform:
+    """Makes a training image of an encoded file. It can be pickled, and threads may share it.
+
+    Attributes:
+      made_by: the libraries that it uses, in words.
+    """
+
+    def __init__(self, augmentation: Augmentation, backend: str):
+        """Prepares the transform.
 
         Args:
-          config: the whole configuration.
+          augmentation: the options.
+          backend: see `backends.open_backend`.
 
         Raises:
-          UserError: an option has no meaning.
+          UserError: the policy has an unknown part, or a library is missing.
         """
-        augment = config.augment
-        if augment.interpolation not in _FILTERS:
-            raise UserError(
-                f"augment.interpolation is {augment.interpolation!r}; it is one of "
-                f"{', '.join(_FILTERS)}."
-            )
-        self._backend = backends.open_backend(config.data.backend)
-        self.backend_name = type(self._backend).__name__
-        self._filters = _FILTERS[augment.interpolation]
-        self._size = config.data.image_size
-        self._scale = _interval("augment.crop_scale", augment.crop_scale)
-        self._ratio = _interval("augment.crop_ratio", augment.crop_ratio)
-        self._hflip = augment.hflip
-        self._jitter = augment.color_jitter
+        self._backend = backends.open_backend(backend)
+        self.made_by = self._backend.made_by
+        self._options = augmentation
+        self._filters = _FILTERS[augmentation.interpolation]
         self._policy = randaugment.parse_policy(
-            augment.policy,
+            augmentation.policy,
             self._filters,
             image_ops.operations(self._backend),
         )
 
     def __call__(self, file_bytes: bytes, rng: np.random.Generator, name: str) -> np.ndarray:
-        """Decodes and augments a picture.
+        """Decodes and augments an image.
 
         Args:
           file_bytes: the encoded file.
-          rng: where every draw comes from.
-          name: what a message calls the file.
+          rng: the source of every random number.
+          name: the name of the file in messages.
 
         Returns:
           uint8 [image_size, image_size, 3].
 
         Raises:
-          BadImageError: the file is no picture, or a damaged one.
+          BadImageError: the file is not an image, or a damaged one.
         """
-        picture = self._backend.open(file_bytes, name)
-        box = draw_crop(picture.size, self._scale, self._ratio, rng)
+        options = self._options
+        opened = self._backend.open(file_bytes, name)
+        box = draw_crop(opened.size, options.crop_scale, options.crop_ratio, rng)
         filter_ = self._filters[int(rng.integers(len(self._filters)))]
-        mirrored = rng.random() < self._hflip
-        size = (self._size, self._size)
-        image = self._backend.resized_crop(picture, box, size, filter_, mirrored)
+        mirrored = rng.random() < options.hflip
+        size = (options.image_size, options.image_size)
+        image = self._backend.resized_crop(opened, box, size, filter_, mirrored)
         image = self._policy(image, rng)
-        if self._jitter:
-            image = color_jitter(image, self._jitter, rng, self._backend)
+        if options.color_jitter:
+            image = color_jitter(image, options.color_jitter, rng, self._backend)
         return np.asarray(image)
 
 
@@ -92,15 +106,15 @@ def draw_crop(
 ) -> tuple[int, int, int, int]:
     """Draws the box of a random-resized crop.
 
-    The area is uniform in `scale`, the aspect log-uniform in `ratio`; after ten boxes that do not
-    fit, the largest centred one of an allowed aspect is taken. Source: Szegedy et al., "Going
-    Deeper with Convolutions", as timm draws it.
+    The area is uniform in `scale`, the aspect ratio log-uniform in `ratio`. After ten boxes that do
+    not fit, the result is the largest centred box of an allowed aspect ratio. Source: Szegedy et
+    al., "Going Deeper with Convolutions", as timm implements it.
 
     Args:
-      size: (width, height) of the picture.
-      scale: bounds of the box's part of the picture's area.
+      size: (width, height) of the image.
+      scale: bounds of the box's fraction of the image's area.
       ratio: bounds of the box's width divided by its height.
-      rng: where every draw comes from.
+      rng: the source of every random number.
 
     Returns:
       (left, top, right, bottom) in pixels.
@@ -124,34 +138,28 @@ def draw_crop(
 
 
 def color_jitter(
-    picture: image_ops.Picture,
+    image: image_ops.AnyImage,
     strength: float,
     rng: np.random.Generator,
     pixels: image_ops.Pixels,
-) -> image_ops.Picture:
-    """Changes brightness, contrast and saturation, in a drawn order.
+) -> image_ops.AnyImage:
+    """Changes brightness, contrast and saturation, in random order.
 
     Args:
-      picture: the library's own.
+      image: an image of the library `pixels`.
       strength: each factor is uniform in [max(0, 1 - strength), 1 + strength].
-      rng: where every draw comes from.
-      pixels: the library that does it.
+      rng: the source of every random number.
+      pixels: the library that changes the pixels.
 
     Returns:
-      The changed picture.
+      The changed image.
     """
     for index in rng.permutation(3):
         factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
         if index == 0:
-            picture = pixels.lookup(picture, image_ops.brightened(factor))
+            image = pixels.lookup(image, image_ops.brightened(factor))
         elif index == 1:
-            picture = pixels.contrast(picture, factor)
+            image = pixels.contrast(image, factor)
         else:
-            picture = pixels.color(picture, factor)
-    return picture
-
-
-def _interval(key: str, bounds: tuple[float, float]) -> tuple[float, float]:
-    if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-        raise UserError(f"{key} is {tuple(bounds)}; it is two rising positive numbers.")
-    return float(bounds[0]), float(bounds[1])
+            image = pixels.color(image, factor)
+    return image

@@ -1,55 +1,60 @@
-"""Two ways to the same pixels of a training picture: Pillow, and a faster one."""
+"""Two implementations of the same pixels of a training image: Pillow, and a faster one."""
 
 from typing import Protocol
 
 from PIL import Image
 
 from mambaout_jax.data import decoding, image_ops
-from mambaout_jax.data.image_ops import Picture
+from mambaout_jax.data.image_ops import AnyImage
 from mambaout_jax.errors import UserError
 
 
 class Backend(image_ops.Pixels, Protocol):
-    """Decodes, crops and changes pictures.
+    """Decodes, crops and changes images.
 
-    `np.asarray` of any picture but an opened one is uint8 [H, W, 3].
+    `np.asarray` of any image but an opened one is uint8 [H, W, 3].
+
+    Attributes:
+      made_by: the libraries that it uses, in words.
     """
 
-    def open(self, file_bytes: bytes, name: str) -> Picture:
+    made_by: str
+
+    def open(self, file_bytes: bytes, name: str) -> AnyImage:
         """Opens a file as RGB, or raises `decoding.BadImageError`, as may `resized_crop`."""
 
     def resized_crop(
         self,
-        picture: Picture,
+        image: AnyImage,
         box: tuple[int, int, int, int],
         size: tuple[int, int],
         filter_: Image.Resampling,
         mirrored: bool = False,
-    ) -> Picture:
-        """Resizes the part (left, top, right, bottom) to (width, height), and may mirror it."""
+    ) -> AnyImage:
+        """Resizes the box (left, top, right, bottom) to (width, height); mirrors it if asked."""
 
 
 class PillowBackend(image_ops.PillowPixels):
-    """The reference's own library."""
+    """Pillow, the library that timm uses."""
+
+    made_by = "Pillow"
 
     def open(self, file_bytes: bytes, name: str) -> Image.Image:
         """See `Backend`."""
         return decoding.decode(file_bytes, name)
 
-    def resized_crop(self, picture, box, size, filter_, mirrored=False) -> Image.Image:
+    def resized_crop(self, image, box, size, filter_, mirrored=False) -> Image.Image:
         """See `Backend`."""
-        image = picture.crop(box).resize(size, filter_)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+        resized = image.crop(box).resize(size, filter_)
+        return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else resized
 
 
 def open_backend(name: str) -> Backend:
-    """Returns the backend "pillow" or "fast"; "auto" is the fast one where Numba is.
+    """Returns the backend "pillow" or "fast"; "auto" is "fast" where Numba is installed.
 
     Raises:
-      UserError: there is none of that name, or its libraries are missing.
+      UserError: the libraries of "fast" are missing.
     """
-    if name not in ("auto", "pillow", "fast"):
-        raise UserError(f"data.backend is {name!r}; it is 'auto', 'pillow' or 'fast'.")
     if name == "pillow":
         return PillowBackend()
     try:
@@ -58,6 +63,6 @@ def open_backend(name: str) -> Backend:
         if name == "auto":
             return PillowBackend()
         raise UserError(
-            f"data.backend 'fast' needs Numba ({error}): pip install -e '.[fast]'."
+            f"data.backend 'fast' needs Numba ({error}): pip install -e '.[fast]'"
         ) from error
     return FastBackend()

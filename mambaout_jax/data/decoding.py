@@ -1,29 +1,29 @@
-"""Pillow's part: from an encoded file to an RGB picture, and the names of its filters."""
+"""Decoding with Pillow: from an encoded file to an RGB image, and the names of its filters."""
 
 import io
 import struct
 
 from PIL import Image, UnidentifiedImageError
 
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import UserError, did_you_mean, first_line
 
 _RESAMPLING = {member.name.lower(): member for member in Image.Resampling}
 _DAMAGES = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error)
 
 
 class BadImageError(UserError):
-    """A file that is no picture, or a damaged one."""
+    """A file that is not an image, or a damaged one."""
 
 
 def decode(file_bytes: bytes, name: str = "the file") -> Image.Image:
-    """Decodes an encoded file to RGB, as the reference does: EXIF orientation is not applied.
+    """Decodes an encoded file to RGB as timm does: EXIF orientation is not applied.
 
     Args:
       file_bytes: the encoded file.
-      name: what a message calls the file.
+      name: the name of the file in messages.
 
     Returns:
-      The picture, mode RGB.
+      The image, mode RGB.
 
     Raises:
       BadImageError: Pillow cannot decode all of it.
@@ -35,14 +35,15 @@ def decode(file_bytes: bytes, name: str = "the file") -> Image.Image:
                 return image
             return image.convert("RGB")
     except (*_DAMAGES, Image.DecompressionBombError) as error:
-        reason = "no image" if isinstance(error, UnidentifiedImageError) else str(error)
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image" if unknown else first_line(error)
         raise BadImageError(
-            f"{name} cannot be decoded ({reason}); replace it or leave it out."
+            f"{name} cannot be decoded ({reason}): replace it or remove it"
         ) from error
 
 
 def resampling(name: str) -> Image.Resampling:
-    """Returns Pillow's filter of that name.
+    """Returns the Pillow filter of that name.
 
     Raises:
       UserError: there is none.
@@ -51,5 +52,6 @@ def resampling(name: str) -> Image.Resampling:
         return _RESAMPLING[name]
     except KeyError:
         raise UserError(
-            f"The interpolation {name!r} is unknown; known are {', '.join(sorted(_RESAMPLING))}."
+            f"unknown interpolation {name!r}{did_you_mean(name, _RESAMPLING)}"
+            f" (expected one of {', '.join(sorted(_RESAMPLING))})"
         ) from None

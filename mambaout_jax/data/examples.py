@@ -1,4 +1,4 @@
-"""Which picture stands where, and the making of it: what the threads and workers run."""
+"""Epoch order and per-example augmentation: what the loader's threads and workers run."""
 
 import dataclasses
 import functools
@@ -13,10 +13,10 @@ from mambaout_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which picture stands where in the endless stream of training.
+    """The order of the images in the endless training stream.
 
-    An epoch is a fresh shuffle in which each picture stands `repeats` times in a row, cut down to
-    whole batches.
+    An epoch is a new shuffle in which each image appears `repeats` times in a row, cut to whole
+    batches.
     """
 
     num_examples: int
@@ -30,7 +30,7 @@ class Order:
         return self.num_examples * self.repeats // self.batch_size
 
     def index(self, position: int) -> int:
-        """Returns the number of the picture that stands at a position of the stream."""
+        """Returns the index of the image at a position of the stream."""
         epoch, offset = divmod(position, self.steps_per_epoch * self.batch_size)
         return int(_shuffled(self.num_examples, self.seed, epoch)[offset // self.repeats])
 
@@ -40,19 +40,56 @@ def _shuffled(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(np.arange(num_examples, dtype=np.int32))
 
 
-class MakeTrainingPicture:
-    """Makes training pictures; one that cannot be decoded is replaced by the data set's next."""
+@dataclasses.dataclass(frozen=True)
+class BadImages:
+    """How many training images may fail to decode.
+
+    Attributes:
+      num_examples: images in the split.
+      limit: how many of them may fail: `max_bad_fraction` of them, and always at least one.
+    """
+
+    num_examples: int
+    limit: int
+
+    @classmethod
+    def of(cls, num_examples: int, max_bad_fraction: float) -> "BadImages":
+        """Returns the limit for a split."""
+        return cls(num_examples, max(1, int(max_bad_fraction * num_examples)))
+
+    def check(self, names: set[str]) -> None:
+        """Checks the images that failed so far.
+
+        Raises:
+          UserError: there are more than `limit`, or no image is left.
+        """
+        if len(names) == self.num_examples:
+            raise UserError(f"none of the {len(names)} training images could be decoded")
+        if len(names) > self.limit:
+            raise UserError(
+                f"{len(names)} of {self.num_examples} training images could not be decoded; the "
+                f"limit is {self.limit}: repair {', '.join(sorted(names)[:5])}, or raise "
+                f"augment.max_bad_fraction"
+            )
+
+
+class MakeTrainingImage:
+    """Makes training images; one that cannot be decoded is replaced by the dataset's next one."""
 
     def __init__(
-        self, source: sources.Source, order: Order, transform: augment.TrainTransform, max_bad: int
+        self,
+        source: sources.Source,
+        order: Order,
+        transform: augment.TrainTransform,
+        bad_images: BadImages,
     ):
         self._source = source
         self._order = order
         self._transform = transform
-        self._max_bad = max_bad
+        self._bad_images = bad_images
 
     def __call__(self, position: int, rng: np.random.Generator) -> dict:
-        """Makes the picture that stands at a position of the stream, out of its generator."""
+        """Makes the image at a position of the stream, with its own random generator."""
         index = self._order.index(position)
         start = rng.bit_generator.state
         damages: list[tuple[str, str]] = []
@@ -62,10 +99,9 @@ class MakeTrainingPicture:
                 image = self._transform(record["image"], rng, record["name"])
             except BadImageError as error:
                 damages.append((record["name"], str(error)))
-                if len(damages) > self._max_bad:
-                    raise UserError(too_many(damages, self._max_bad)) from error
+                self._bad_images.check({name for name, _ in damages})
                 index = (index + 1) % len(self._source)
-                rng.bit_generator.state = start  # however far the attempt came
+                rng.bit_generator.state = start  # as if the bad image had drawn nothing
             else:
                 return {"image": image, "label": record["label"], "damages": damages}
 
@@ -73,11 +109,11 @@ class MakeTrainingPicture:
 class MakeTrainingChunk:
     """Makes chunks of this process's training batches."""
 
-    def __init__(self, pictures: grain.MapDataset, global_batch: int, local_batch: int, first: int):
-        self._pictures = pictures
+    def __init__(self, images: grain.MapDataset, global_batch: int, local_batch: int, first: int):
+        self._images = images
         self._global_batch = global_batch
         self.local_batch = local_batch
-        self._first = first  # this process's first place in a global batch
+        self._first = first  # this process's first row in a global batch
         self.per_batch = prefetch.per_batch(local_batch)
 
     def __call__(self, chunk: int) -> dict:
@@ -85,7 +121,7 @@ class MakeTrainingChunk:
         step, part = divmod(chunk, self.per_batch)
         start = step * self._global_batch + self._first + part * prefetch.CHUNK
         length = min(prefetch.CHUNK, self.local_batch - part * prefetch.CHUNK)
-        rows = [self._pictures[start + row] for row in range(length)]
+        rows = [self._images[start + row] for row in range(length)]
         return {
             "image": np.stack([row["image"] for row in rows]),
             "label": np.array([row["label"] for row in rows], np.int32),
@@ -95,7 +131,7 @@ class MakeTrainingChunk:
 
 
 class MakeEvaluationChunk:
-    """Makes chunks of this process's evaluation batches; places after the last are padding."""
+    """Makes chunks of this process's evaluation batches; rows after the last image are padding."""
 
     def __init__(
         self,
@@ -128,12 +164,3 @@ class MakeEvaluationChunk:
             )
             label[row] = record["label"]
         return {"image": image, "label": label, "mask": mask, "damages": []}
-
-
-def too_many(damages: list[tuple[str, str]], allowed: int) -> str:
-    """Returns what to say when more than `allowed` pictures, of (name, message), are damaged."""
-    names = ", ".join(sorted(name for name, _ in damages)[:5])
-    return (
-        f"More than {allowed} training pictures cannot be decoded ({names}); mend the data, or "
-        f"raise augment.max_bad_fraction."
-    )

@@ -1,4 +1,4 @@
-"""The operations of RandAugment and 3-Augment on RGB pictures, equal to timm's pixels.
+"""The operations of RandAugment and 3-Augment on RGB images, equal to timm's pixels.
 
 An operation is called as operation(image, level, sign, filter): the level in
 [0, 10] sets the strength, the sign (1 or -1) the direction, where it has one.
@@ -10,40 +10,40 @@ from typing import Any, Protocol
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-FILL = (124, 116, 104)  # the ImageNet mean, where a moved picture leaves nothing
+FILL = (124, 116, 104)  # the ImageNet mean, where a moved image leaves nothing
 RAMP = Image.frombytes("L", (256, 1), bytes(range(256)))  # each value once
 
-Picture = Any  # Pillow's, or another library's with its size, width and height
-Operation = Callable[[Picture, float, int, Image.Resampling], Picture]
+AnyImage = Any  # Pillow's, or another library's with its size, width and height
+Operation = Callable[[AnyImage, float, int, Image.Resampling], AnyImage]
 
 
 class Pixels(Protocol):
     """What a library does to pixels; the operations below say how much of it."""
 
     def warp(
-        self, picture: Picture, coefficients: tuple[float, ...], filter_: Image.Resampling
-    ) -> Picture:
+        self, image: AnyImage, coefficients: tuple[float, ...], filter_: Image.Resampling
+    ) -> AnyImage:
         """Takes pixel (x, y) from (ax + by + c, dx + ey + f); outside lies the fill colour."""
 
-    def lookup(self, picture: Picture, table: bytes) -> Picture:
+    def lookup(self, image: AnyImage, table: bytes) -> AnyImage:
         """Replaces each value by what stands in its place in a table of 256."""
 
-    def color(self, picture: Picture, factor: float) -> Picture:
-        """Blends with the greyscale picture; 0 is grey, 1 no change."""
+    def color(self, image: AnyImage, factor: float) -> AnyImage:
+        """Blends with the greyscale image; 0 is grey, 1 no change."""
 
-    def contrast(self, picture: Picture, factor: float) -> Picture:
+    def contrast(self, image: AnyImage, factor: float) -> AnyImage:
         """Blends with the mean grey; 0 is the mean, 1 no change."""
 
-    def sharpness(self, picture: Picture, factor: float) -> Picture:
-        """Blends with a smoothed picture; 0 is smooth, 1 no change."""
+    def sharpness(self, image: AnyImage, factor: float) -> AnyImage:
+        """Blends with a smoothed image; 0 is smooth, 1 no change."""
 
-    def autocontrast(self, picture: Picture) -> Picture:
+    def autocontrast(self, image: AnyImage) -> AnyImage:
         """Stretches each colour to the whole range."""
 
-    def equalize(self, picture: Picture) -> Picture:
+    def equalize(self, image: AnyImage) -> AnyImage:
         """Spreads each colour evenly over the range."""
 
-    def gaussian_blur(self, picture: Picture, radius: float) -> Picture:
+    def gaussian_blur(self, image: AnyImage, radius: float) -> AnyImage:
         """Blurs with Pillow's approximation of a Gaussian of that standard deviation, in pixels."""
 
 
@@ -51,40 +51,40 @@ class PillowPixels:
     """The reference's own library; see `Pixels`."""
 
     def warp(
-        self, picture: Image.Image, coefficients: tuple[float, ...], filter_: Image.Resampling
+        self, image: Image.Image, coefficients: tuple[float, ...], filter_: Image.Resampling
     ) -> Image.Image:
         """See `Pixels`."""
-        return picture.transform(
-            picture.size, Image.Transform.AFFINE, coefficients, resample=filter_, fillcolor=FILL
+        return image.transform(
+            image.size, Image.Transform.AFFINE, coefficients, resample=filter_, fillcolor=FILL
         )
 
-    def lookup(self, picture: Image.Image, table: bytes) -> Image.Image:
+    def lookup(self, image: Image.Image, table: bytes) -> Image.Image:
         """See `Pixels`."""
-        return picture.point(table * 3)
+        return image.point(table * 3)
 
-    def color(self, picture: Image.Image, factor: float) -> Image.Image:
+    def color(self, image: Image.Image, factor: float) -> Image.Image:
         """See `Pixels`."""
-        return ImageEnhance.Color(picture).enhance(factor)
+        return ImageEnhance.Color(image).enhance(factor)
 
-    def contrast(self, picture: Image.Image, factor: float) -> Image.Image:
+    def contrast(self, image: Image.Image, factor: float) -> Image.Image:
         """See `Pixels`."""
-        return ImageEnhance.Contrast(picture).enhance(factor)
+        return ImageEnhance.Contrast(image).enhance(factor)
 
-    def sharpness(self, picture: Image.Image, factor: float) -> Image.Image:
+    def sharpness(self, image: Image.Image, factor: float) -> Image.Image:
         """See `Pixels`."""
-        return ImageEnhance.Sharpness(picture).enhance(factor)
+        return ImageEnhance.Sharpness(image).enhance(factor)
 
-    def autocontrast(self, picture: Image.Image) -> Image.Image:
+    def autocontrast(self, image: Image.Image) -> Image.Image:
         """See `Pixels`."""
-        return ImageOps.autocontrast(picture)
+        return ImageOps.autocontrast(image)
 
-    def equalize(self, picture: Image.Image) -> Image.Image:
+    def equalize(self, image: Image.Image) -> Image.Image:
         """See `Pixels`."""
-        return ImageOps.equalize(picture)
+        return ImageOps.equalize(image)
 
-    def gaussian_blur(self, picture: Image.Image, radius: float) -> Image.Image:
+    def gaussian_blur(self, image: Image.Image, radius: float) -> Image.Image:
         """See `Pixels`."""
-        return picture.filter(ImageFilter.GaussianBlur(radius))
+        return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def rotation(size: tuple[int, int], degrees: float) -> tuple[float, ...]:

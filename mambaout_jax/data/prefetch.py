@@ -1,4 +1,4 @@
-"""Chunks of a batch, made ahead of time in threads or worker processes, and joined to batches."""
+"""Makes chunks of a batch ahead of time in threads or worker processes, and joins them."""
 
 import multiprocessing
 import os
@@ -11,21 +11,20 @@ import grain
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
 from mambaout_jax.errors import UserError
 
-CHUNK = 16  # pictures that a thread makes at a time, and that travel between processes at once
+CHUNK = 16  # images that a thread makes at a time, and that a process sends at a time
 _BATCHES_AHEAD = 2
-_FEW_CORES = 4  # that threads of one process keep busy, before they wait for Python's lock
-_MOST_WORKERS = 64  # whose chunks one process still joins
-_WORTH_A_WORKER = 1500  # pictures made in the seconds that a process takes to start
-_CHUNKS_SHARED = 8  # of each worker at once: four of training and four of evaluation
+_FEW_CORES = 4  # up to here the threads of one process keep all cores busy
+_MOST_WORKERS = 64  # one process can still join the chunks of so many
+_WORTH_A_WORKER = 1500  # images made in the seconds that a process takes to start
+_CHUNKS_SHARED = 8  # chunks of a worker in shared memory: four of training, four of evaluation
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 def per_batch(rows: int) -> int:
-    """Returns how many chunks a batch of so many pictures has."""
+    """Returns the number of chunks in a batch of `rows` images."""
     return -(-rows // CHUNK)
 
 
@@ -33,9 +32,9 @@ def join_ahead(chunks: grain.MapDataset, rows: int, workers: tuple[int, int]) ->
     """Makes chunks ahead of time in threads or worker processes, and joins them to batches.
 
     Args:
-      chunks: of `CHUNK` pictures, but for each batch's last one.
-      rows: pictures in a batch.
-      workers: the numbers of processes and of the threads of each.
+      chunks: of `CHUNK` images; the last one of a batch may have fewer.
+      rows: images in a batch.
+      workers: the number of processes, and the number of threads of each.
 
     Returns:
       The batches.
@@ -46,7 +45,7 @@ def join_ahead(chunks: grain.MapDataset, rows: int, workers: tuple[int, int]) ->
         ahead = -(-ahead // num_workers)
     options = grain.ReadOptions(
         num_threads=min(num_threads, ahead), prefetch_buffer_size=ahead
-    )  # more threads than chunks ahead would have nothing to do
+    )  # more threads than chunks ahead would be idle
     dataset = chunks.to_iter_dataset(options)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads flags of its own before it starts workers
@@ -60,7 +59,7 @@ def join_ahead(chunks: grain.MapDataset, rows: int, workers: tuple[int, int]) ->
 
 
 class _Joined(grain.IterDataset):
-    """Joins chunks to batches of `rows` pictures."""
+    """Joins chunks to batches of `rows` images."""
 
     def __init__(self, chunks: grain.IterDataset, rows: int):
         super().__init__(chunks)
@@ -72,10 +71,10 @@ class _Joined(grain.IterDataset):
 
 
 class _JoinedIterator(grain.DatasetIterator):
-    """Has no state of its own, nor asks its parent for one, as Grain's `batch` would.
+    """Has no state, and does not ask its parent for one as Grain's `batch` would.
 
-    Worker processes that are asked for a state before the first chunk start one after the other:
-    minutes for many. Each chunk is copied as it comes, so that few lie in shared memory.
+    Worker processes that are asked for a state before the first chunk start one after the other,
+    which takes minutes for many. Each chunk is copied when it arrives, so few are in shared memory.
     """
 
     def __init__(self, chunks: grain.DatasetIterator, rows: int):
@@ -121,36 +120,35 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def worker_options(data: ConfigDict, pictures: int | None = None) -> tuple[int, int]:
-    """Returns the numbers of worker processes and of the threads of each.
+def worker_options(
+    workers: int, threads: int, size: tuple[int, int], images: int | None = None
+) -> tuple[int, int]:
+    """Returns the number of worker processes, and the number of threads of each.
 
     Args:
-      data: the `data` part of the configuration.
-      pictures: how many are made before the workers end; None: no end is in sight.
+      workers: the number asked for; -1: chosen by the number of cores.
+      threads: the number asked for.
+      size: (height, width) of an image.
+      images: how many are made before the workers end; None: the stream is endless.
 
     Raises:
-      UserError: they make no sense, or shared memory does not suffice for the workers asked for.
+      UserError: shared memory is too small for the workers asked for.
     """
-    if data.workers < -1 or data.threads < 1:
-        raise UserError(
-            f"data.workers is {data.workers} and data.threads {data.threads}; "
-            f"they are at least -1 (chosen by the number of cores) and 1."
-        )
-    each = _CHUNKS_SHARED * CHUNK * 3 * data.image_size**2  # bytes
+    each = _CHUNKS_SHARED * CHUNK * 3 * size[0] * size[1]  # bytes
     free = free_shared_memory()
-    if data.workers == -1:
+    if workers == -1:
         cores = usable_cores()
         workers = min(cores, _MOST_WORKERS, free // each) if cores > _FEW_CORES else 0
-        if pictures is not None:
-            workers = min(workers, pictures // _WORTH_A_WORKER)
-        return workers, data.threads
-    if data.workers * each > free:
+        if images is not None:
+            workers = min(workers, images // _WORTH_A_WORKER)
+        return workers, threads
+    if workers * each > free:
         raise UserError(
-            f"data.workers is {data.workers}, which may need {data.workers * each >> 20} MiB in "
-            f"{_SHARED_MEMORY}, where {free >> 20} are free; lower it, or give the container more "
-            f"(docker run --shm-size)."
+            f"data.workers is {workers}, which may need {workers * each >> 20} MiB in "
+            f"{_SHARED_MEMORY}, where {free >> 20} MiB are free: lower it, or give the container "
+            f"more (docker run --shm-size)"
         )
-    return data.workers, data.threads
+    return workers, threads
 
 
 def usable_cores() -> int:
@@ -172,6 +170,8 @@ def free_shared_memory() -> int:
 
 def share(batch_size: int, process_count: int, key: str) -> int:
     """Returns a process's share of a batch, or raises a UserError that names the key."""
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"{key} is {batch_size}; it must divide over {process_count} processes.")
+    if batch_size % process_count:
+        raise UserError(
+            f"{key} is {batch_size}: expected a multiple of the {process_count} processes"
+        )
     return batch_size // process_count

@@ -1,6 +1,6 @@
-"""Evaluation pixels: what the reference makes of a picture before it is normalised.
+"""Preprocessing for evaluation: decoding, resizing, cropping, and normalisation.
 
-This file loads neither Pillow nor the data stack until a picture is to be decoded.
+This file imports neither Pillow nor the data libraries before an image is decoded.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes a network's input.
+    """How an image becomes a network's input.
 
     Attributes:
       size: side of a square input in pixels, or (height, width).
-      crop_pct: the crop's part of the resized picture.
-      crop_mode: "center" keeps the aspect and cuts what is too long; "squash" loses the aspect.
-      interpolation: Pillow's filter, in lower case; antialiased.
-      mean: subtracted from R, G and B in [0, 1].
-      std: divides what the subtraction leaves.
+      crop_pct: the crop's fraction of the resized image's side.
+      crop_mode: "center" keeps the aspect ratio and crops; "squash" resizes both sides to fit.
+      interpolation: name of a Pillow filter in lower case; antialiased.
+      mean: of R, G and B in [0, 1], subtracted.
+      std: of R, G and B in [0, 1], the divisor.
     """
 
     size: int | tuple[int, int] = 224
@@ -43,11 +43,13 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 1:
-            raise UserError(f"The size is {self.size}; it is one or two positive numbers.")
+            raise UserError(f"size is {self.size}: expected one or two positive numbers of pixels")
         if not self.crop_pct > 0:
-            raise UserError(f"crop_pct is {self.crop_pct}; it is a positive fraction such as 0.95.")
+            raise UserError(
+                f"crop_pct is {self.crop_pct}: expected a positive fraction, such as 0.95"
+            )
         if self.crop_mode not in ("center", "squash"):
-            raise UserError(f"crop_mode is {self.crop_mode!r}; it is 'center' or 'squash'.")
+            raise UserError(f"crop_mode is {self.crop_mode!r}: expected 'center' or 'squash'")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,23 +58,23 @@ class Preprocessing:
 
 
 def preprocess_image(
-    file_bytes: bytes, preprocessing: Preprocessing, name: str = "the picture"
+    file_bytes: bytes, preprocessing: Preprocessing, name: str = "the image"
 ) -> np.ndarray:
-    """Decodes and crops a picture exactly as the reference's evaluation does.
+    """Decodes and crops an image exactly as timm's evaluation does.
 
-    Source: timm's evaluation transform on Pillow: `convert("RGB")`, EXIF orientation left alone,
+    Source: timm's evaluation transform on Pillow: `convert("RGB")`, EXIF orientation not applied,
     resize with antialias, centre crop.
 
     Args:
       file_bytes: an encoded file of any format that Pillow reads.
-      preprocessing: what the network expects.
-      name: what a message calls the file.
+      preprocessing: of the network.
+      name: the name of the file in messages.
 
     Returns:
       uint8 [H, W, 3].
 
     Raises:
-      mambaout_jax.data.decoding.BadImageError: the bytes are no picture, or a damaged one.
+      mambaout_jax.data.decoding.BadImageError: the bytes are not an image, or a damaged one.
       UserError: the interpolation is unknown.
     """
     from mambaout_jax.data import decoding
@@ -100,12 +102,12 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Returns the (height, width) that a picture of Pillow size (width, height) is resized to."""
+    """Returns the (height, width) that an image of Pillow size (width, height) is resized to."""
     target_h, target_w = (math.floor(x / preprocessing.crop_pct) for x in preprocessing.shape)
     width, height = size
     if preprocessing.crop_mode == "squash":
         return target_h, target_w
-    if target_h == target_w:  # the short side becomes the target, the long one is cut down to int
+    if target_h == target_w:  # the short side becomes the target; the long one is truncated
         if width <= height:
             return int(target_w * height / width), target_w
         return target_h, int(target_h * width / height)
@@ -114,7 +116,7 @@ def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[
 
 
 def _center_crop(image: "Image.Image", size: tuple[int, int]) -> "Image.Image":
-    """Cuts (height, width) out of the middle; a side that is too short is padded with black."""
+    """Crops (height, width) at the centre; a side that is too short is padded with black."""
     height, width = size
     pad_w, pad_h = max(width - image.width, 0), max(height - image.height, 0)
     left = round((image.width + pad_w - width) / 2) - pad_w // 2

@@ -85,7 +85,7 @@ class RandAugment:
       operations: names of the operations.
       table: the operations by name.
       weights: odds of each; None stands for even odds, drawn with replacement.
-      layers: operations drawn for a picture.
+      layers: operations drawn for an image.
       probability: that a drawn operation is applied.
       magnitude: mean of the level.
       magnitude_std: standard deviation of the level; inf: uniform from 0 to `magnitude`.
@@ -103,8 +103,8 @@ class RandAugment:
     magnitude_std: float = 0.0
     magnitude_max: float = 10.0
 
-    def __call__(self, image: image_ops.Picture, rng: np.random.Generator) -> image_ops.Picture:
-        """Returns the augmented RGB picture; every draw comes from `rng`."""
+    def __call__(self, image: image_ops.AnyImage, rng: np.random.Generator) -> image_ops.AnyImage:
+        """Returns the augmented RGB image; every draw comes from `rng`."""
         if self.weights is None:
             chosen = rng.integers(len(self.operations), size=self.layers)
         else:
@@ -133,8 +133,8 @@ class ThreeAugment:
 
     table: Mapping[str, image_ops.Operation]
 
-    def __call__(self, image: image_ops.Picture, rng: np.random.Generator) -> image_ops.Picture:
-        """Returns the augmented RGB picture; every draw comes from `rng`."""
+    def __call__(self, image: image_ops.AnyImage, rng: np.random.Generator) -> image_ops.AnyImage:
+        """Returns the augmented RGB image; every draw comes from `rng`."""
         name, level = (
             ("Solarize", 5.0),  # from 128 on
             ("Desaturate", 10.0),  # wholly
@@ -147,10 +147,10 @@ class ThreeAugment:
 
 @dataclasses.dataclass(frozen=True)
 class NoPolicy:
-    """Leaves the picture as it is."""
+    """Leaves the image as it is."""
 
-    def __call__(self, image: image_ops.Picture, rng: np.random.Generator) -> image_ops.Picture:
-        """Returns the picture itself."""
+    def __call__(self, image: image_ops.AnyImage, rng: np.random.Generator) -> image_ops.AnyImage:
+        """Returns the image itself."""
         del rng
         return image
 
@@ -166,7 +166,7 @@ def parse_policy(
     """Reads a policy string of timm.
 
     "" is no policy and "3a" 3-Augment. RandAugment is "rand" and sections joined by "-", in any
-    order: m9 magnitude (10), n2 operations a picture (2), p0.5 probability of each (0.5), mstd0.5
+    order: m9 magnitude (10), n2 operations an image (2), p0.5 probability of each (0.5), mstd0.5
     standard deviation of the magnitude (0; above 100: uniform from 0 to m), mmax10 its upper bound
     (10), inc1 the increasing forms (inc0), tweights, t3a, t3aw or w0 another set of operations.
 

@@ -1,10 +1,11 @@
-"""Random access to encoded pictures: TFDS in ArrayRecord form, or a folder of class folders.
+"""Random access to encoded images: TFDS in ArrayRecord form, or a folder of class folders.
 
-A source is a sequence of records, picklable for worker processes, that hands out the bytes of the
-encoded file. Decoding is left to the pipeline, so that every source gives the same pixels.
+A source is a sequence of records that worker processes can unpickle. It returns the bytes of the
+encoded file; decoding is left to the pipeline, so every source gives the same pixels.
 """
 
 import abc
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -12,18 +13,39 @@ from typing import TypedDict
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import UserError, did_you_mean
 
 _IMAGE_SUFFIXES = frozenset(
     (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
-_EMBEDDED = ("digits",)  # data sets that lie, prepared, beside this file
+_EMBEDDED = ("digits",)  # datasets that ship, prepared, beside this file
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Which dataset to read.
+
+    Attributes:
+      kind: "tfds" (prepared as ArrayRecord) or "folder" (directory/split/class/image).
+      name: TFDS name, such as "imagenet2012" or "imagenet2012:5.1.0"; "digits" ships with the
+        package. A folder needs none.
+      directory: where the data is; for TFDS, "" stands for $TFDS_DATA_DIR.
+      train_split: name of the training split.
+      eval_split: name of the evaluation split.
+      num_classes: number of classes that the dataset must have.
+    """
+
+    kind: str
+    name: str
+    directory: str
+    train_split: str
+    eval_split: str
+    num_classes: int
 
 
 class Record(TypedDict):
-    """One picture as it is stored."""
+    """One image as it is stored."""
 
     image: bytes  # the encoded file
     label: int
@@ -31,10 +53,10 @@ class Record(TypedDict):
 
 
 class Source(abc.ABC):
-    """A split of a data set: `len(source)` records, `source[i]` one of them.
+    """A split of a dataset: `len(source)` records, `source[i]` one of them.
 
     Attributes:
-      name: what the data set and split are called, free of the machine's paths.
+      name: of the dataset and split, without this machine's paths.
       class_names: the classes in the order of their labels.
     """
 
@@ -54,36 +76,43 @@ class Source(abc.ABC):
 
 
 class FolderSource(Source):
-    """Reads `directory/split/class/picture`; labels follow the sorted class names.
+    """Reads `directory/split/class/image`; labels follow the sorted class names.
 
-    The class folders of `reference_split` number the classes where that split exists, so that a
-    class without a held-out picture shifts no label.
+    The class folders of `reference_split` number the classes where that split exists, so a class
+    without an evaluation image shifts no label.
     """
 
     def __init__(self, directory: str, split: str, reference_split: str):
         root = Path(directory).expanduser()
         if not root.is_dir():
-            raise UserError(f"data.dir is {directory!r}, which is no folder; name one that exists.")
+            raise UserError(f"no folder {directory!r}: expected one with {split}/CLASS/IMAGE")
         if not (root / split).is_dir():
-            known = ", ".join(_folders(root)) or "no folder at all"
-            raise UserError(f"{root} has no split {split!r}; there is {known}.")
+            known = _folders(root)
+            raise UserError(
+                f"{root} has no split {split!r}{did_you_mean(split, known)}"
+                f" (its folders are {', '.join(known) or 'none'})"
+            )
         self.name = f"{root.resolve().name}/{split}"
         folders = _folders(root / split)
         reference = root / reference_split
         self.class_names = _folders(reference) if reference.is_dir() else folders
-        if strangers := sorted(set(folders) - set(self.class_names)):
-            raise UserError(f"{root / split / strangers[0]} is a class that {reference} lacks.")
+        if unknown := sorted(set(folders) - set(self.class_names)):
+            raise UserError(
+                f"{root / split / unknown[0]} is a class that {reference} does not have"
+            )
         if not folders:
-            raise UserError(f"{root / split} has no class folders; put pictures at class/picture.")
+            raise UserError(
+                f"{root / split} has no class folders: put images at {root / split}/CLASS/IMAGE"
+            )
         labels = {name: label for label, name in enumerate(self.class_names)}
         self._directory = os.fspath(root / split)
         files: list[bytes] = []
         counts: list[int] = []
         for folder in folders:
-            pictures = _pictures(root / split / folder)
-            files += [os.fsencode(f"{folder}/{picture}") for picture in pictures]
-            counts.append(len(pictures))
-        # arrays: as Python objects a million files take three times the memory in every worker
+            images = _images(root / split / folder)
+            files += [os.fsencode(f"{folder}/{image}") for image in images]
+            counts.append(len(images))
+        # Arrays: as Python objects a million files take three times the memory in every worker.
         self._files = np.array(files)
         self._labels = np.repeat([labels[folder] for folder in folders], counts)
 
@@ -95,12 +124,12 @@ class FolderSource(Source):
         try:
             image = Path(path).read_bytes()
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         return {"image": image, "label": int(self._labels[index]), "name": path}
 
 
 class TfdsSource(Source):
-    """Reads a split of a data set that TFDS prepared as ArrayRecord; needs no TensorFlow.
+    """Reads a split of a dataset that TFDS prepared as ArrayRecord; needs no TensorFlow.
 
     `split` may use TFDS's slices, such as "train[:90%]".
     """
@@ -116,9 +145,9 @@ class TfdsSource(Source):
         info = builder.info
         if array_record not in info.available_file_formats():
             raise UserError(
-                f"{directory} is prepared as {info.file_format.value}, which needs TensorFlow to "
-                f"be read; convert it with: tfds convert_format --dataset_version_dir={directory} "
-                f"--out_file_format=array_record"
+                f"{directory} is prepared as {info.file_format.value}, and reading that needs "
+                f"TensorFlow; convert it with: tfds convert_format "
+                f"--dataset_version_dir={directory} --out_file_format=array_record"
             )
         self._arguments = (directory, split)
         image_key, label_key = info.supervised_keys or ("image", "label")
@@ -128,7 +157,8 @@ class TfdsSource(Source):
         if not isinstance(label_feature, tfds.features.ClassLabel) or not isinstance(
             features.get(self._image_key), tfds.features.Image
         ):
-            raise UserError(f"{directory} holds no labelled pictures; it has {sorted(features)}.")
+            found = ", ".join(sorted(features))
+            raise UserError(f"{directory} has no labelled images: its features are {found}")
         self.name = f"{info.full_name}/{split}"
         self.class_names = list(label_feature.names)
         decoders = {self._image_key: tfds.decode.SkipDecoding()}
@@ -137,10 +167,10 @@ class TfdsSource(Source):
                 split, decoders=decoders, file_format=array_record
             )
         except (ValueError, KeyError) as error:
-            known = ", ".join(sorted(info.splits)) or "none"
+            known = sorted(info.splits)
             raise UserError(
-                f"{info.full_name} has no split {split!r}; its splits are {known}, and a part of "
-                f"one is written 'train[:90%]'."
+                f"{info.full_name} has no split {split!r}{did_you_mean(split, known)}"
+                f" (its splits are {', '.join(known) or 'none'}; a part of one is 'train[:90%]')"
             ) from error
 
     def __reduce__(self) -> tuple:
@@ -159,32 +189,33 @@ class TfdsSource(Source):
         }
 
 
-def open_source(data: ConfigDict, split: str) -> Source:
-    """Opens one split of the data set that the configuration names.
+def open_source(dataset: Dataset, split: str) -> Source:
+    """Opens one split of a dataset.
 
     Args:
-      data: the `data` part of the configuration.
-      split: the split's name, `data.train_split` or `data.eval_split` as a rule.
+      dataset: which one.
+      split: name of the split, usually `dataset.train_split` or `dataset.eval_split`.
 
     Returns:
       The split's records.
 
     Raises:
-      UserError: the data set, the split or its classes are not what the configuration says.
+      UserError: the dataset or the split does not exist, or has another number of classes.
     """
     source: Source
-    if data.source == "folder":
-        source = FolderSource(data.dir, split, reference_split=data.train_split)
-    elif data.source == "tfds":
-        source = TfdsSource(_prepared_directory(data.name, data.dir), split)
+    if dataset.kind == "folder":
+        source = FolderSource(dataset.directory, split, reference_split=dataset.train_split)
+    elif dataset.kind == "tfds":
+        source = TfdsSource(_prepared_directory(dataset.name, dataset.directory), split)
     else:
-        raise UserError(f"data.source is {data.source!r}; it is either 'tfds' or 'folder'.")
+        raise ValueError(f"unknown kind of dataset: {dataset.kind!r}")
     if len(source) == 0:
-        raise UserError(f"{source.name} holds no pictures.")
-    if source.num_classes != data.num_classes:
+        raise UserError(f"{source.name} has no images")
+    if source.num_classes != dataset.num_classes:
         raise UserError(
-            f"data.num_classes is {data.num_classes}, but {source.name} has {source.num_classes} "
-            f"classes; pass --config.data.num_classes={source.num_classes}."
+            f"{source.name} has {source.num_classes} classes, but the model has "
+            f"{dataset.num_classes}: train with --config.data.num_classes={source.num_classes}, or "
+            f"use other weights"
         )
     return source
 
@@ -199,33 +230,46 @@ def _prepared_directory(name: str, directory: str) -> str:
         root = epath.Path(__file__).parent
     if (root / "dataset_info.json").exists():
         return os.fspath(root)  # the version's own folder was given
-    folder = root / dataset
-    versions = [child.name for child in folder.iterdir()] if folder.is_dir() else []
-    versions = [child for child in versions if re.fullmatch(r"\d+\.\d+\.\d+", child)]
+    versions = _versions(root / dataset)
     if version:
         versions = [child for child in versions if child == version]
     if not versions:
+        known = {*_EMBEDDED, *_prepared_names(root)} - {dataset}
         raise UserError(
-            f"{name} is not prepared in {root}; set data.dir or TFDS_DATA_DIR to where it is, or "
-            f"prepare it with: tfds build {name} --file_format=array_record --data_dir={root}"
+            f"{name} is not prepared in {root}{did_you_mean(dataset, sorted(known))}; give the "
+            f"directory that has it, or set TFDS_DATA_DIR to it, or prepare it with: tfds build "
+            f"{name} --file_format=array_record --data_dir={root}"
         )
     newest = max(versions, key=lambda child: tuple(map(int, child.split("."))))
-    return os.fspath(folder / newest)
+    return os.fspath(root / dataset / newest)
+
+
+def _versions(folder: epath.Path) -> list[str]:
+    """Returns the prepared versions of a dataset."""
+    children = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    return [child for child in children if re.fullmatch(r"\d+\.\d+\.\d+", child)]
+
+
+def _prepared_names(root: epath.Path) -> list[str]:
+    """Returns the names of the datasets that are prepared in a folder."""
+    if not root.is_dir():
+        return []
+    return [child.name for child in root.iterdir() if _versions(child)]
 
 
 def _folders(directory: Path) -> list[str]:
-    """Returns the sorted names of the folders in a folder, hidden ones excepted."""
+    """Returns the sorted names of the folders in a folder, except hidden ones."""
     with os.scandir(directory) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _pictures(directory: Path) -> list[str]:
-    """Returns the sorted names of a class folder's pictures; anything else is an error."""
+def _images(directory: Path) -> list[str]:
+    """Returns the sorted names of a class folder's images; any other file is an error."""
     with os.scandir(directory) as entries:
         names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
     if not names:
-        raise UserError(f"The class folder {directory} is empty; fill it or remove it.")
+        raise UserError(f"the class folder {directory} is empty: fill it or remove it")
     for name in names:
         if os.path.splitext(name)[1].lower() not in _IMAGE_SUFFIXES:
-            raise UserError(f"{directory / name} is no image; move it out of the class folder.")
+            raise UserError(f"{directory / name} is not an image: move it out of the class folder")
     return names

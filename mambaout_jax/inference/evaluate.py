@@ -16,8 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
-from mambaout_jax.build import build_preprocessing, build_recipe
-from mambaout_jax.data.loader import EvalBatches
+from mambaout_jax.build import build_eval_batches, build_preprocessing, build_recipe
 from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
 from mambaout_jax.files import write_json
@@ -116,7 +115,7 @@ def evaluate_weights(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     configuration.check(config)
     mesh = make_mesh(config.mesh.fsdp)
     check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
-    batches = EvalBatches(
+    batches = build_eval_batches(
         config, process_index=jax.process_index(), process_count=jax.process_count()
     )
     params, info = read_weights(config.init_from or workdir)

@@ -4,8 +4,8 @@ import numpy as np
 from PIL import Image
 
 from mambaout_jax.data import decoding, image_ops
-from mambaout_jax.data.fast import colors, decode, resize, warp
-from mambaout_jax.data.image_ops import Picture
+from mambaout_jax.data.fast import colors, decode, resize, turbojpeg, warp
+from mambaout_jax.data.image_ops import AnyImage
 
 
 class _LazyJpeg:
@@ -19,7 +19,7 @@ class _LazyJpeg:
 
 
 class _Packed:
-    """A picture of packed pixels, as the compiled functions take it: uint32 [H, W], read-only."""
+    """An image of packed pixels, as the compiled functions take it: uint32 [H, W], read-only."""
 
     def __init__(self, pixels: np.ndarray):
         pixels.flags.writeable = False  # as those that are decoded, lest Numba compile for both
@@ -33,72 +33,77 @@ class _Packed:
 
 
 class FastBackend:
-    """See `backends.Backend`. What it makes is a picture of packed pixels, whatever it is given.
+    """See `backends.Backend`. What it makes is an image of packed pixels, whatever it is given.
 
     Crops are decoded by libjpeg-turbo 3, which Pillow uses too, with the accurate transform and
     smooth upsampling. Where it is not installed, Pillow decodes the whole; so it does with any file
     that is no flawless baseline JPEG.
     """
 
-    def open(self, file_bytes: bytes, name: str) -> Picture:
+    def __init__(self):
+        """Looks for libjpeg-turbo."""
+        decoder = " + libjpeg-turbo" if turbojpeg.library() else ""
+        self.made_by = f"Pillow + Numba{decoder}"
+
+    def open(self, file_bytes: bytes, name: str) -> AnyImage:
         """See `backends.Backend`."""
         try:
             return _LazyJpeg(file_bytes, name)
         except ValueError:  # Pillow decodes it, or says what is wrong with it
             return decoding.decode(file_bytes, name)
 
-    def resized_crop(self, picture, box, size, filter_, mirrored=False) -> _Packed:
+    def resized_crop(self, image, box, size, filter_, mirrored=False) -> _Packed:
         """See `backends.Backend`."""
-        if isinstance(picture, _LazyJpeg):
+        if isinstance(image, _LazyJpeg):
             try:
-                pixels, box = picture.jpeg.decode_crop(box)
+                pixels, box = image.jpeg.decode_crop(box)
             except ValueError:
-                pixels = _pixels(decoding.decode(picture.file_bytes, picture.name))
+                pixels = _pixels(decoding.decode(image.file_bytes, image.name))
         else:
-            pixels = _pixels(picture)
+            pixels = _pixels(image)
         return _Packed(resize.resize(pixels, box, size, filter_, mirrored))
 
-    def warp(self, picture, coefficients, filter_) -> _Packed:
+    def warp(self, image, coefficients, filter_) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Packed(warp.affine(_pixels(picture), coefficients, filter_, image_ops.FILL))
+        return _Packed(warp.affine(_pixels(image), coefficients, filter_, image_ops.FILL))
 
-    def lookup(self, picture, table) -> _Packed:
+    def lookup(self, image, table) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Packed(colors.lookup(_pixels(picture), table))
+        return _Packed(colors.lookup(_pixels(image), table))
 
-    def color(self, picture, factor) -> _Packed:
+    def color(self, image, factor) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Packed(colors.color(_pixels(picture), factor))
+        return _Packed(colors.color(_pixels(image), factor))
 
-    def contrast(self, picture, factor) -> _Packed:
+    def contrast(self, image, factor) -> _Packed:
         """See `image_ops.Pixels`."""
-        pixels = _pixels(picture)
+        pixels = _pixels(image)
         mean = Image.new("L", image_ops.RAMP.size, colors.mean_grey(pixels))
         return _Packed(colors.lookup(pixels, Image.blend(mean, image_ops.RAMP, factor).tobytes()))
 
-    def sharpness(self, picture, factor) -> _Packed:
+    def sharpness(self, image, factor) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Packed(colors.sharpness(_pixels(picture), factor))
+        return _Packed(colors.sharpness(_pixels(image), factor))
 
-    def autocontrast(self, picture) -> _Packed:
+    def autocontrast(self, image) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Packed(colors.autocontrast(_pixels(picture)))
+        return _Packed(colors.autocontrast(_pixels(image)))
 
-    def equalize(self, picture) -> _Packed:
+    def equalize(self, image) -> _Packed:
         """See `image_ops.Pixels`."""
-        return _Packed(colors.equalize(_pixels(picture)))
+        return _Packed(colors.equalize(_pixels(image)))
 
-    def gaussian_blur(self, picture, radius) -> _Packed:
+    def gaussian_blur(self, image, radius) -> _Packed:
         """See `image_ops.Pixels`; it is Pillow's own."""
-        pixels = _pixels(picture)
+        pixels = _pixels(image)
         size = pixels.shape[1], pixels.shape[0]
         image = Image.frombytes("RGB", size, pixels, "raw", "RGBX")
         return _Packed(_pixels(image_ops.PillowPixels().gaussian_blur(image, radius)))
 
 
-def _pixels(picture: Image.Image | _Packed) -> np.ndarray:
-    """Returns a picture as uint32 [H, W]."""
-    if isinstance(picture, _Packed):
-        return picture.pixels
-    data = np.frombuffer(picture.tobytes("raw", "RGBX"), np.uint32)
-    return data.reshape(picture.height, picture.width)
+def _pixels(image: Image.Image | _Packed) -> np.ndarray:
+    """Returns an image as uint32 [H, W]."""
+    if isinstance(image, _Packed):
+        return image.pixels
+    data = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
+    return data.reshape(image.height, image.width)

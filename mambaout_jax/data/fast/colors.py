@@ -1,6 +1,6 @@
 """Pillow's operations on colours again, compiled by Numba: the same pixels, sooner.
 
-Pictures are uint32 [H, W]: the bytes R, G, B and one that counts for nothing.
+Images are uint32 [H, W]: the bytes R, G, B and one that counts for nothing.
 """
 
 import numpy as np
@@ -145,12 +145,12 @@ def equalize(pixels: np.ndarray) -> np.ndarray:
 
 
 def mean_grey(pixels: np.ndarray) -> int:
-    """Returns the rounded mean of the greyscale picture, as `PIL.ImageEnhance.Contrast` does."""
+    """Returns the rounded mean of the greyscale image, as `PIL.ImageEnhance.Contrast` does."""
     return int(_sum_of_greys(pixels.ravel()) / pixels.size + 0.5)
 
 
 def color(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with the greyscale picture as `PIL.ImageEnhance.Color` does.
+    """Blends with the greyscale image as `PIL.ImageEnhance.Color` does.
 
     Args:
       pixels: uint32 [H, W].
@@ -163,7 +163,7 @@ def color(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def sharpness(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with a smoothed picture as `PIL.ImageEnhance.Sharpness` does.
+    """Blends with a smoothed image as `PIL.ImageEnhance.Sharpness` does.
 
     Args:
       pixels: uint32 [H, W].

@@ -43,7 +43,7 @@ class Jpeg:
         """Decodes what a crop needs, and some pixels about it.
 
         The entropy code of the rows above has to be read, to find where the crop's begin; that of
-        the rows below is left out by telling the decoder of a lower picture.
+        the rows below is left out by telling the decoder of a lower image.
 
         Args:
           box: (left, top, right, bottom) of the crop.

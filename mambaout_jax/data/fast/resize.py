@@ -1,6 +1,6 @@
 """Pillow's resize again, compiled by Numba: the same pixels, sooner.
 
-Pictures are uint32 [H, W]: the bytes R, G, B and one that counts for nothing. Each function follows
+Images are uint32 [H, W]: the bytes R, G, B and one that counts for nothing. Each function follows
 the arithmetic of Pillow's 8-bit code, whose sums are integers, so that the pixels are equal.
 """
 

@@ -1,6 +1,6 @@
 """libjpeg-turbo 3, called directly: it decodes a part of a JPEG, to Pillow's pixels.
 
-It is the one in the wheel of the package `turbojpeg`, whose Python functions decode whole pictures
+It is the one in the wheel of the package `turbojpeg`, whose Python functions decode whole images
 alone, or else the system's. Source: the TurboJPEG API, turbojpeg.h.
 """
 
@@ -57,7 +57,7 @@ def library() -> ctypes.CDLL | None:
 
 
 class Decoder:
-    """Decodes one picture: a handle used again would lend its tables to a file that has none."""
+    """Decodes one image: a handle used again would lend its tables to a file that has none."""
 
     def __init__(self):
         """Makes the handle.
@@ -96,7 +96,7 @@ class Decoder:
     def decode(self, file_bytes: bytes, box: tuple[int, int, int, int]) -> tuple[np.ndarray, int]:
         """Decodes a part of a JPEG, and of the columns to its left those of the same blocks.
 
-        The outermost columns and rows are upsampled as if the picture ended there.
+        The outermost columns and rows are upsampled as if the image ended there.
 
         Args:
           file_bytes: a file that has a `size`.
@@ -104,7 +104,7 @@ class Decoder:
 
         Returns:
           uint32 [rows, columns], the bytes R, G, B and one that counts for nothing, and the
-          picture's column that is its first.
+          image's column that is its first.
 
         Raises:
           ValueError: libjpeg-turbo finds anything wrong with it.

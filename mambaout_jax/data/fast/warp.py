@@ -1,6 +1,6 @@
 """Pillow's affine transform again, compiled by Numba: the same pixels, sooner.
 
-Pictures are uint32 [H, W]: the bytes R, G, B and one that counts for nothing. Each function follows
+Images are uint32 [H, W]: the bytes R, G, B and one that counts for nothing. Each function follows
 the arithmetic of Pillow's 8-bit code in the same order and precision, so that the pixels are equal.
 A row is handled as a whole, so that the compiler may use vectors.
 """
