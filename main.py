@@ -4,8 +4,8 @@
 
 The same command again resumes the run. Keys are changed with --config.key=value.
 
-Exit codes: 0 the run is finished; 1 something is amiss, which the last line names; 75 the run is
-saved, or another process of it was lost, and the same command resumes it.
+Exit codes: 0 the run is finished; 1 the last line says what to fix; 75 the run is saved, or another
+process of it was lost, and the same command resumes it; 130 a second Ctrl-C ended it at once.
 """
 
 import logging
@@ -17,26 +17,33 @@ from etils import epath
 from ml_collections import config_flags
 
 from mambaout_jax.config import check_command_line
-from mambaout_jax.errors import PreemptedError, UserError
+from mambaout_jax.errors import PreemptedError, StorageError, UserError
+from mambaout_jax.runtime.preemption import RESUME, StopRequest
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder or bucket path of the run.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line, after a check that explains what is wrong with it."""
-    check_command_line(argv)
-    flags.mark_flag_as_required("workdir")
-    return app.parse_flags_with_usage(argv)
+    """Parses the command line; a mistake is a UserError."""
+    if not {"--help", "-help", "--helpfull", "--helpshort"}.intersection(argv):
+        check_command_line(argv)
+    try:
+        arguments = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error).replace("\n", " ")) from None
+    if len(arguments) > 1:
+        raise UserError(f"unexpected argument {arguments[1]!r}: expected --flag=value")
+    if not _WORKDIR.value:
+        raise UserError("no workdir: expected --workdir=DIR, such as --workdir=runs/tiny")
+    return arguments
 
 
-def main(argv: list[str]) -> None:
-    """Runs what the command line asks for."""
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is no flag: expected --flag=value")
+def log_to_stderr() -> None:
+    """Logs the package's messages with the time of day; of other packages', warnings alone."""
     absl_logging.set_verbosity(absl_logging.WARNING)
-    # What Orbax cannot do is told in a sentence; its threads each log a traceback before.
+    # Orbax's threads log a traceback of each error that a UserError reports.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
@@ -44,32 +51,41 @@ def main(argv: list[str]) -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def main(argv: list[str]) -> None:
+    """Joins the other processes of the run, and does what the command line asks for."""
+    del argv
+    log_to_stderr()
     from mambaout_jax.runtime import processes
     from mambaout_jax.runtime.compilation import use_compilation_cache
 
-    use_compilation_cache(_CONFIG.value)
-    processes.join_processes()
-    try:
-        run()
-    except PreemptedError as interruption:
-        logger.info("asked to end: %s; the same command resumes the run", interruption)
-        sys.exit(processes.RESUME)
-    except Exception as error:
-        processes.leave_after(error)
-        raise
+    use_compilation_cache(_CONFIG.value.compilation_cache)
+    with StopRequest() as stop:
+        processes.join_processes()
+        stop.join_service()
+        try:
+            run(epath.Path(_WORKDIR.value), stop)
+        except PreemptedError as interruption:
+            logging.getLogger("mambaout_jax").info("%s; the same command resumes it", interruption)
+            processes.leave(RESUME)
+        except StorageError as error:
+            processes.leave(RESUME, error)
+        except Exception as error:
+            processes.leave_after(error)
+            raise
 
 
-def run() -> None:
+def run(workdir: epath.Path, stop: StopRequest) -> None:
     """Trains or evaluates."""
-    workdir = epath.Path(_WORKDIR.value)
+    from mambaout_jax import build
+
     if _MODE.value == "eval":
-        from mambaout_jax.inference.evaluate import evaluate_weights
+        build.evaluate_workdir(_CONFIG.value, workdir)
+        return
+    from mambaout_jax.training.loop import train
 
-        evaluate_weights(_CONFIG.value, workdir)
-    else:
-        from mambaout_jax.training.loop import train
-
-        train(_CONFIG.value, workdir)
+    train(build.build_run(_CONFIG.value), workdir, stop)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ setup(
         "tqdm>=4.67",
         "safetensors>=0.5",
         "huggingface_hub>=0.34",
+        "tenacity>=9",
     ],
     extras_require=extras,
 )

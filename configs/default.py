@@ -85,7 +85,9 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = "1 epochs"
     config.checkpoint.keep = 2  # newest checkpoints kept, beside the best one
 
-    config.skip_bad_batches = 0  # that may be left out after a loss that is not finite, going back
+    config.max_bad_steps = (
+        10  # steps in a row that may be skipped because loss or gradient is not finite
+    )
     config.compilation_cache = "auto"  # folder; "auto": $JAX_COMPILATION_CACHE_DIR, or the user's
     config.profile = ""  # duration that is traced for TensorBoard from the start, such as "5 steps"
 

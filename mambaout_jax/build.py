@@ -1,12 +1,13 @@
-"""What a configuration stands for: the model, the data, the recipe of a step, the whole run."""
+"""Turns a config into the typed parts of a run; nothing after it reads a config."""
 
-import dataclasses
+import json
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from etils import epath
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
@@ -16,13 +17,18 @@ from mambaout_jax.data.loader import EvalBatches, LoaderOptions, TrainBatches
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from mambaout_jax.data.sources import Dataset
 from mambaout_jax.errors import UserError
+from mambaout_jax.files import write_json
+from mambaout_jax.inference.evaluate import compile_eval_step, evaluate
 from mambaout_jax.models.mambaout import MambaOut, create_model
-from mambaout_jax.runtime.sharding import check_batch, make_mesh
+from mambaout_jax.runtime.processes import all_or_none, check_alike
+from mambaout_jax.runtime.sharding import check_batch, make_mesh, state_shardings
 from mambaout_jax.training.optimizer import make_optimizer
-from mambaout_jax.training.schedule import make_schedule, schedule_steps
-from mambaout_jax.training.state import TrainState, init_params, init_state
+from mambaout_jax.training.run import Run, Steps
+from mambaout_jax.training.schedule import CosineSchedule
 from mambaout_jax.training.step import Recipe
-from mambaout_jax.weights.store import WeightsInfo
+from mambaout_jax.weights.load import read_weights
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(config: ConfigDict) -> MambaOut:
@@ -43,7 +49,7 @@ def build_model(config: ConfigDict) -> MambaOut:
 
 
 def build_preprocessing(config: ConfigDict) -> Preprocessing:
-    """Returns how evaluation makes its pixels."""
+    """Returns how evaluation prepares its images."""
     return Preprocessing(
         size=config.data.image_size,
         crop_pct=config.eval.crop_pct,
@@ -81,7 +87,7 @@ def build_augmentation(config: ConfigDict) -> Augmentation:
 
 
 def build_loader_options(config: ConfigDict) -> LoaderOptions:
-    """Returns how fast images are made."""
+    """Returns the processes and threads that load images."""
     data = config.data
     return LoaderOptions(workers=data.workers, threads=data.threads, backend=data.backend)
 
@@ -126,6 +132,84 @@ def build_eval_batches(
     )
 
 
+def steps_of(config: ConfigDict, key: str, steps_per_epoch: int) -> int:
+    """Returns the duration at a key of the config in steps."""
+    section, name = f".{key}".rsplit(".", 1)
+    durations = config[section[1:]] if section else config
+    return duration_steps(
+        durations[name], steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
+    )
+
+
+def build_steps(config: ConfigDict, steps_per_epoch: int) -> Steps:
+    """Returns the durations of a run, in steps."""
+    in_steps = {
+        key: steps_of(config, key, steps_per_epoch)
+        for key in (
+            "schedule.duration",
+            "schedule.cooldown",
+            "eval.every",
+            "checkpoint.every",
+            "log.every",
+            "profile",
+        )
+    }
+    return Steps(
+        per_epoch=steps_per_epoch,
+        total=in_steps["schedule.duration"] + in_steps["schedule.cooldown"],
+        evaluate_every=in_steps["eval.every"],
+        save_every=in_steps["checkpoint.every"],
+        log_every=in_steps["log.every"],
+        profile=in_steps["profile"],
+    )
+
+
+def build_schedule(config: ConfigDict, steps_per_epoch: int) -> CosineSchedule:
+    """Returns the learning rate as a function of the step.
+
+    Raises:
+        UserError: when the warmup is as long as the run, or the rate moves by epochs and the warmup
+            does not end with one.
+    """
+    schedule = config.schedule
+    duration = steps_of(config, "schedule.duration", steps_per_epoch)
+    warmup = steps_of(config, "schedule.warmup", steps_per_epoch)
+    if warmup >= duration:
+        raise UserError(
+            f"config.schedule.warmup is {schedule.warmup!r} and config.schedule.duration "
+            f"{schedule.duration!r}: expected a shorter warmup, such as "
+            "--config.schedule.warmup='' for none"
+        )
+    if schedule.per == "epoch" and warmup % steps_per_epoch:
+        raise UserError(
+            f"config.schedule.warmup is {schedule.warmup!r}, {warmup / steps_per_epoch:.2f} "
+            "epochs, and the learning rate moves once an epoch: expected whole epochs, or "
+            "--config.schedule.per=step"
+        )
+    return CosineSchedule(
+        peak=schedule.learning_rate,
+        start=schedule.warmup_learning_rate,
+        end=schedule.min_learning_rate,
+        duration=duration,
+        warmup=warmup,
+        tick=steps_per_epoch if schedule.per == "epoch" else 1,
+    )
+
+
+def build_optimizer(config: ConfigDict, schedule: CosineSchedule) -> optax.GradientTransformation:
+    """Returns the optimizer."""
+    optimizer = config.optimizer
+    return make_optimizer(
+        schedule,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        layer_decay=optimizer.layer_decay,
+        clip_norm=optimizer.clip_norm,
+    )
+
+
 def build_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
     """Returns what a step does besides the model and the optimizer."""
     augment = config.augment
@@ -139,84 +223,99 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         cutmix=augment.cutmix,
         mixup_prob=augment.mixup_prob,
         mixup_switch_prob=augment.mixup_switch_prob,
-        mixup_off_step=duration_steps(
-            augment.mixup_off, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size
-        ),
+        mixup_off_step=steps_of(config, "augment.mixup_off", steps_per_epoch),
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.optimizer.ema_decay,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """All that a run is made of, before it has a state or a workdir."""
-
-    config: ConfigDict
-    mesh: Mesh
-    batches: TrainBatches
-    eval_batches: EvalBatches
-    model: MambaOut
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
-    recipe: Recipe
-    total_steps: int
-
-    def every(self, duration: str) -> int:
-        """Turns a duration of the configuration into steps."""
-        return duration_steps(
-            duration,
-            steps_per_epoch=self.batches.steps_per_epoch,
-            batch_size=self.config.batch_size,
-        )
-
-    def initial_state(self, key: jax.Array, params: Any = None) -> TrainState:
-        """Returns the state before the first step, with new parameters or these. Traceable."""
-        if params is None:
-            params = init_params(key, self.model, self.config.data.image_size)
-        return init_state(params, self.optimizer, ema=self.config.optimizer.ema_decay > 0)
-
-
 def build_run(config: ConfigDict) -> Run:
-    """Builds a run from its configuration; writes nothing.
+    """Builds a run from its config; writes nothing.
 
     Raises:
-        UserError: names what is amiss in the configuration, the data or the devices.
+        UserError: names what is wrong in the config, the data or the devices, or what differs
+            between the hosts.
     """
+    check_alike(config=json.dumps(configuration.shared(config), sort_keys=True))
+    with all_or_none():
+        return _build_run(config)
+
+
+def _build_run(config: ConfigDict) -> Run:
     configuration.check(config)
     mesh = make_mesh(config.mesh.fsdp)
     check_batch(config.batch_size, config.accumulate_steps, mesh, "batch_size")
     check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
-    model = build_model(config)
     process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = build_train_batches(config, **process)
-    if not batches.steps_per_epoch:
-        raise UserError(
-            f"config.batch_size {config.batch_size} is more than the "
-            f"{batches.num_examples} training examples: choose a smaller one"
-        )
-    schedule = make_schedule(config, batches.steps_per_epoch)
-    _, _, total_steps = schedule_steps(config, batches.steps_per_epoch)
+    steps_per_epoch = batches.steps_per_epoch
+    schedule = build_schedule(config, steps_per_epoch)
     return Run(
-        config=config,
+        seed=config.seed,
         mesh=mesh,
         batches=batches,
+        batch_size=config.batch_size,
         eval_batches=build_eval_batches(config, **process),
-        model=model,
+        eval_batch_size=config.eval.batch_size,
+        preprocessing=build_preprocessing(config),
+        model=build_model(config),
+        model_name=config.model.name,
         schedule=schedule,
-        optimizer=make_optimizer(config, schedule),
-        recipe=build_recipe(config, batches.steps_per_epoch),
-        total_steps=total_steps,
+        optimizer=build_optimizer(config, schedule),
+        recipe=build_recipe(config, steps_per_epoch),
+        steps=build_steps(config, steps_per_epoch),
+        init_from=config.init_from,
+        keep_checkpoints=config.checkpoint.keep,
+        max_bad_steps=config.max_bad_steps,
+        wandb_project=config.log.wandb_project,
+        record=configuration.flatten(config),
+        free_keys=configuration.FREE_KEYS,
+        added_keys=configuration.ADDED_KEYS,
     )
 
 
-def weights_info(run: Run, results: dict[str, float] | None) -> WeightsInfo:
-    """Returns what a checkpoint says of its weights."""
-    return WeightsInfo(
-        model=run.config.model.name,
-        num_classes=run.config.data.num_classes,
-        preprocessing=build_preprocessing(run.config),
-        class_names=tuple(run.batches.class_names),
-        source="mambaout_jax",
-        averaged=run.config.optimizer.ema_decay > 0,
-        metrics=results or {},
+def evaluate_workdir(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+    """Evaluates `config.init_from`, or the best checkpoint of the workdir, on the held-out split.
+
+    The result is logged and written to WORKDIR/eval.json.
+
+    Raises:
+        UserError: when the weights do not fit the configuration, or something of it is amiss.
+    """
+    configuration.check(config)
+    mesh = make_mesh(config.mesh.fsdp)
+    check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
+    batches = build_eval_batches(
+        config, process_index=jax.process_index(), process_count=jax.process_count()
     )
+    params, info = read_weights(config.init_from or workdir)
+    for key, ours, theirs in (
+        ("model.name", config.model.name, info.model),
+        ("data.num_classes", config.data.num_classes, info.num_classes),
+    ):
+        if ours != theirs:
+            raise UserError(f"config.{key} is {ours!r}, but the weights have {theirs!r}")
+    preprocessing = build_preprocessing(config)
+    if preprocessing != info.preprocessing:
+        logger.warning("evaluating with %s; the weights' is %s", preprocessing, info.preprocessing)
+    shardings = state_shardings(params, mesh)
+    model = info.create_model(dtype=jnp.dtype(config.model.dtype))
+    eval_step = compile_eval_step(model, build_recipe(config, 1), shardings, mesh)
+    results = evaluate(eval_step, jax.device_put(params, shardings), batches, mesh)
+    report = {
+        "weights": str(config.init_from or workdir),
+        "model": info.model,
+        "data": f"{config.data.name}/{config.data.eval_split}",
+        **results,
+        "image_size": config.data.image_size,
+        "crop_pct": config.eval.crop_pct,
+        "crop_mode": config.eval.crop_mode,
+        "dtype": config.model.dtype,
+    }
+    logger.info(
+        "%s on %s: top-1 %.3f%%, top-5 %.3f%%, loss %.4f over %d pictures",
+        *(report[key] for key in ("weights", "data", "top1", "top5", "loss", "examples")),
+    )
+    if jax.process_index() == 0:
+        write_json(workdir / "eval.json", report)
+    return report

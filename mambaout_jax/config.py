@@ -1,7 +1,12 @@
-"""Configurations: reading them, checking them, durations, and the run that a workdir holds."""
+"""Configs: reading them, and checking each value once.
 
+`mambaout_jax.build` turns a checked config into typed parts; nothing after it reads a config.
+"""
+
+import dataclasses
 import itertools
 import json
+import math
 import re
 import runpy
 from collections.abc import Sequence
@@ -12,45 +17,122 @@ from ml_collections import ConfigDict
 
 from mambaout_jax.errors import UserError, did_you_mean
 
-# What a resumed run may change: where and how fast it runs, not what it computes.
+# Prefixes of the keys that a resumed run may change: where and how fast it runs, not what it
+# computes. skip_bad_batches is a key of older runs.
 FREE_KEYS = (
-    "data.dir",
-    "data.workers",
-    "data.threads",
-    "eval.batch_size",
+    "accumulate_steps",
     "checkpoint",
-    "log",
-    "skip_bad_batches",
     "compilation_cache",
-    "profile",
+    "data.backend",
+    "data.dir",
+    "data.threads",
+    "data.workers",
+    "eval.batch_size",
+    "log",
+    "max_bad_steps",
     "mesh",
+    "model.depthwise",
+    "model.remat",
+    "profile",
+    "skip_bad_batches",
 )
-# What the hosts of a run may have each their own of.
-HOST_KEYS = ("data.dir", "data.workers", "data.threads", "compilation_cache", "profile")
+# Keys that older runs do not have, and the value that they ran with.
+ADDED_KEYS: dict[str, Any] = {}
+# Prefixes of the keys that may differ between the hosts of a run.
+HOST_KEYS = ("compilation_cache", "data.dir", "data.threads", "data.workers", "profile")
 
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`, without the ends that are open."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.low if self.open_low else number >= self.low
+        below = number < self.high if self.open_high else number <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        low = f"above {self.low}" if self.open_low else f"at least {self.low}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'below' if self.open_high else 'at most'} {self.high}"
+
+
+PROBABILITY = Range(0, 1)
+BELOW_ONE = Range(0, 1, open_high=True)
+COUNT = Range(1)
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, open_low=True)
+
+RANGES: dict[str, Range] = {
+    "seed": Range(0, 2**32 - 1),
+    "model.drop_path_rate": BELOW_ONE,
+    "model.head_dropout_rate": BELOW_ONE,
+    "data.num_classes": COUNT,
+    "data.image_size": Range(32),
+    "data.workers": Range(-1),
+    "data.threads": COUNT,
+    "augment.hflip": PROBABILITY,
+    "augment.color_jitter": NOT_NEGATIVE,
+    "augment.repeats": COUNT,
+    "augment.random_erasing": PROBABILITY,
+    "augment.mixup": NOT_NEGATIVE,
+    "augment.cutmix": NOT_NEGATIVE,
+    "augment.mixup_prob": PROBABILITY,
+    "augment.mixup_switch_prob": PROBABILITY,
+    "augment.max_bad_fraction": PROBABILITY,
+    "mesh.fsdp": COUNT,
+    "batch_size": COUNT,
+    "accumulate_steps": COUNT,
+    "label_smoothing": BELOW_ONE,
+    "schedule.learning_rate": NOT_NEGATIVE,
+    "schedule.warmup_learning_rate": NOT_NEGATIVE,
+    "schedule.min_learning_rate": NOT_NEGATIVE,
+    "optimizer.b1": BELOW_ONE,
+    "optimizer.b2": BELOW_ONE,
+    "optimizer.eps": POSITIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.layer_decay": Range(0, 1, open_low=True),
+    "optimizer.clip_norm": NOT_NEGATIVE,
+    "optimizer.ema_decay": BELOW_ONE,
+    "eval.batch_size": COUNT,
+    "eval.crop_pct": POSITIVE,
+    "checkpoint.keep": COUNT,
+    "max_bad_steps": NOT_NEGATIVE,
+}
+# Keys of two rising numbers, each in the range.
+INTERVALS: dict[str, Range] = {
+    "augment.crop_scale": Range(0, 1, open_low=True),
+    "augment.crop_ratio": POSITIVE,
+}
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
-    "data.source": ("tfds", "folder"),
+    "data.source": ("tfds", "folder", "synthetic"),
+    "data.backend": ("auto", "pillow", "fast"),
     "augment.interpolation": ("random", "bilinear", "bicubic"),
     "schedule.per": ("epoch", "step"),
     "eval.crop_mode": ("center", "squash"),
 }
-DURATIONS = (
-    "augment.mixup_off",
-    "schedule.duration",
-    "schedule.warmup",
-    "schedule.cooldown",
-    "eval.every",
-    "checkpoint.every",
-    "log.every",
-    "profile",
-)
-OPTIONAL_DURATIONS = ("augment.mixup_off", "schedule.warmup", "schedule.cooldown", "profile")
-POSITIVE = ("batch_size", "accumulate_steps", "eval.batch_size", "checkpoint.keep")
+# Durations, and whether "" is allowed.
+DURATIONS: dict[str, bool] = {
+    "augment.mixup_off": True,
+    "schedule.duration": False,
+    "schedule.warmup": True,
+    "schedule.cooldown": True,
+    "eval.every": False,
+    "checkpoint.every": False,
+    "log.every": False,
+    "profile": True,
+}
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Returns the configuration as one dict of dotted keys, its values as JSON keeps them."""
+    """Returns the config as one dict of dotted keys, with values as JSON stores them."""
 
     def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
         flat: dict[str, Any] = {}
@@ -65,40 +147,40 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def shared(config: ConfigDict) -> dict[str, Any]:
-    """Returns the keys that all hosts of a run must have alike, as `flatten` does."""
+    """Returns the keys that must be the same on all hosts of a run, as `flatten` does."""
     flat = flatten(config)
     return {key: flat[key] for key in flat if not key.startswith(HOST_KEYS)}
 
 
 def load_config(path: str | Path) -> ConfigDict:
-    """Returns the configuration that a file's `get_config` makes.
+    """Returns the config that the `get_config` of a file returns.
 
     Raises:
-        UserError: when the file is not there or is no configuration.
+        UserError: when the file does not exist or is not a config.
     """
     path = Path(path)
     if not path.is_file():
         known = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
         hint = did_you_mean(str(path), known)
-        raise UserError(f"no configuration file {path}{hint} (known: {', '.join(known) or 'none'})")
+        raise UserError(f"no config file {path}{hint} (known: {', '.join(known) or 'none'})")
     try:
         return runpy.run_path(str(path))["get_config"]()
     except KeyError:
-        raise UserError(f"{path} is no configuration: it defines no get_config()") from None
+        raise UserError(f"{path} is not a config: it defines no get_config()") from None
     except SyntaxError as error:
-        raise UserError(f"{path} is no configuration: line {error.lineno}, {error.msg}") from None
+        raise UserError(f"{path} is not a config: line {error.lineno}, {error.msg}") from None
 
 
 def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
-    """Checks the configuration file and the keys that a command line names.
+    """Checks the config file and the keys that a command line names.
 
     Raises:
-        UserError: when the file is not there or not a configuration, or a key is unknown.
+        UserError: when the file does not exist or is not a config, or a key is unknown.
     """
     paths = [arg.split("=", 1)[1] for arg in argv if re.match(rf"--?{flag}=", arg)]
     paths += [b for a, b in itertools.pairwise(argv) if re.fullmatch(rf"--?{flag}", a)]
     if not paths:
-        raise UserError(f"no configuration: expected --{flag}=FILE, such as configs/quickstart.py")
+        raise UserError(f"no config: expected --{flag}=FILE, such as configs/quickstart.py")
     keys = flatten(load_config(paths[-1]))
     for arg in argv:
         match = re.match(rf"--?{flag}\.([^=]+)", arg)
@@ -111,7 +193,7 @@ def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
                 )
             last = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
             hint = f"; did you mean {last[0]!r}?" if last else did_you_mean(key, list(keys))
-            raise UserError(f"unknown configuration key {key!r}{hint}")
+            raise UserError(f"unknown config key {key!r}{hint}")
 
 
 def duration_steps(duration: str, *, steps_per_epoch: int, batch_size: int) -> int:
@@ -120,14 +202,14 @@ def duration_steps(duration: str, *, steps_per_epoch: int, batch_size: int) -> i
     Epochs may be fractions. A part of a step counts as a whole one.
 
     Raises:
-        UserError: when the text is no duration.
+        UserError: when the text is not a duration.
     """
     if not duration:
         return 0
     match = re.fullmatch(r"([\d_]+(?:\.\d+)?) *(step|example|epoch)s?", duration)
     if not match:
         raise UserError(
-            f"{duration!r} is no duration: expected a number and a unit, "
+            f"{duration!r} is not a duration: expected a number and a unit, "
             'such as "300 epochs", "20 steps" or "1_000_000 examples"'
         )
     number, unit = float(match[1]), match[2]
@@ -148,16 +230,20 @@ def check(config: ConfigDict) -> None:
                 f"config.{key} is {flat[key]!r}{did_you_mean(str(flat[key]), choices)}"
                 f" (expected one of {', '.join(choices)})"
             )
-    for key in DURATIONS:
+    for key, allowed in RANGES.items():
+        if flat[key] not in allowed:
+            raise UserError(f"config.{key} is {flat[key]}: expected {allowed}")
+    for key, allowed in INTERVALS.items():
+        ends = flat[key]
+        if len(ends) != 2 or ends[0] > ends[1] or not all(end in allowed for end in ends):
+            raise UserError(f"config.{key} is {ends}: expected two rising numbers, each {allowed}")
+    for key, optional in DURATIONS.items():
         try:
             steps = duration_steps(flat[key], steps_per_epoch=1, batch_size=1)
         except UserError as error:
             raise UserError(f"config.{key}: {error}") from None
-        if not steps and key not in OPTIONAL_DURATIONS:
+        if not steps and not optional:
             raise UserError(f"config.{key} is {flat[key]!r}: expected a duration above zero")
-    for key in POSITIVE:
-        if flat[key] < 1:
-            raise UserError(f"config.{key} is {flat[key]}: expected at least 1")
     if config.batch_size % config.accumulate_steps:
         raise UserError(
             f"config.batch_size {config.batch_size} does not divide into "

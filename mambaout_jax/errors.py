@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class StorageError(UserError):
+    """Storage that failed at every attempt: nothing is damaged, and a later attempt may succeed."""
+
+
 class PreemptedError(Exception):
     """The run was asked to stop: it is saved, and the same command resumes it."""
 

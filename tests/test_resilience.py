@@ -1,5 +1,6 @@
-"""What befalls a run: signals, damage, full disks, a second command, losses that are not finite."""
+"""Runs under signals, damaged checkpoints, full disks, a second command and NaN losses."""
 
+import errno
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,41 +18,19 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from small_run import ROOT, small_config, train
 
-from mambaout_jax import config as configuration
-from mambaout_jax.build import build_train_batches
-from mambaout_jax.errors import PreemptedError, UserError
+from mambaout_jax.errors import PreemptedError, StorageError, UserError
 from mambaout_jax.runtime.compilation import use_compilation_cache
-from mambaout_jax.runtime.goodput import COMPILE, WAIT, Goodput
+from mambaout_jax.runtime.goodput import COMPILE, DATA, DEVICE, Goodput
 from mambaout_jax.runtime.profiler import Profiler
 from mambaout_jax.runtime.workdir import lock_workdir
-from mambaout_jax.training import loop
-from mambaout_jax.training.loop import train
-from mambaout_jax.training.losses import Losses
-from mambaout_jax.training.skipping import batch_number, skipping
+from mambaout_jax.training import checkpoint, loop
+from mambaout_jax.training import step as step_module
+from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.state import init_state
 from mambaout_jax.training.step import Recipe, update_step
 from mambaout_jax.weights.store import load_weights
-
-ROOT = Path(__file__).parents[1]
-
-
-def small_config(**keys):
-    """The quickstart's data and a run of four steps in each of three epochs."""
-    config = configuration.load_config(ROOT / "configs/quickstart.py")
-    small = {
-        "model.depthwise": "xla",
-        "data.train_split": "train[:64]",
-        "data.eval_split": "validation[:30]",
-        "batch_size": 16,
-        "eval.batch_size": 16,
-        "schedule.duration": "3 epochs",
-        "schedule.warmup": "1 epochs",
-        "checkpoint.keep": 3,
-        "log.every": "2 steps",
-    }
-    config.update_from_flattened_dict(small | keys)
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +56,7 @@ def assert_same_end(workdir, finished):
 
 
 def test_sigterm_saves_and_the_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
-    push = Losses.push
+    push = LossMeter.push
 
     def terminate_at_six(losses, step, loss):
         if step == 6:
@@ -84,7 +64,7 @@ def test_sigterm_saves_and_the_run_resumes_to_the_same_bits(finished, tmp_path, 
             os.kill(os.getpid(), signal.SIGTERM)
         push(losses, step, loss)
 
-    monkeypatch.setattr(Losses, "push", terminate_at_six)
+    monkeypatch.setattr(LossMeter, "push", terminate_at_six)
     with pytest.raises(PreemptedError, match="saved at step 6 of 12"):
         train(small_config(), tmp_path / "run")
     monkeypatch.undo()
@@ -164,6 +144,93 @@ def test_a_save_that_cannot_be_written_leaves_the_last_checkpoint(finished, stop
     assert_same_end(stopped, finished)
 
 
+def test_storage_that_fails_once_is_read_again(finished, stopped, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint, "restore", failing(checkpoint.restore, times=1))
+    with caplog.at_level("INFO"):
+        train(small_config(), stopped)
+    assert "checkpoint 8 in" in caplog.text
+    assert "failed (Input/output error): trying again" in caplog.text
+    assert "resumed at step 8" in caplog.text
+    assert_same_end(stopped, finished)
+
+
+def test_storage_that_keeps_failing_is_not_damage(stopped, monkeypatch):
+    monkeypatch.setattr(checkpoint, "restore", failing(checkpoint.restore, times=100))
+    monkeypatch.setattr(checkpoint, "READ_ATTEMPTS", 2)
+    with pytest.raises(StorageError, match=r"checkpoint 8 in .* cannot be read: Input/output"):
+        train(small_config(), stopped)
+    assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"4", "8"}
+
+
+def failing(function, times):
+    """Returns a function that raises EIO so many times before it works."""
+    left = [times]
+
+    def wrapped(*arguments):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error", "/data/array")
+        return function(*arguments)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("name", ["99", "12"])
+def test_an_empty_checkpoint_folder_is_not_a_finished_run(name, finished, stopped, caplog):
+    (stopped / "checkpoints" / name).mkdir()
+    with caplog.at_level("INFO"):
+        train(small_config(), stopped)
+    assert f"checkpoint {name} is damaged" in caplog.text
+    assert "resumed at step 8 of 12" in caplog.text
+    assert_same_end(stopped, finished)
+
+
+def test_a_stop_in_an_evaluation_is_made_up_for(finished, tmp_path, monkeypatch, caplog):
+    """The evaluation at step 8 is interrupted; the resumed run makes it before step 9."""
+    evaluate = loop.evaluate
+    calls = []
+
+    def stopped_in_the_second(eval_step, params, batches, mesh, stop_requested):
+        def with_signal():
+            calls.append(None)
+            if len(calls) == 4:  # two batches an evaluation
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not stop_requested():
+                    time.sleep(0.01)
+            return stop_requested()
+
+        return evaluate(eval_step, params, batches, mesh, with_signal)
+
+    monkeypatch.setattr(loop, "evaluate", stopped_in_the_second)
+    with pytest.raises(PreemptedError, match="saved at step 8 of 12"):
+        train(small_config(), tmp_path / "run")
+    monkeypatch.undo()
+    assert len((tmp_path / "run/metrics.csv").read_text().splitlines()) == 2
+    train(small_config(), tmp_path / "run")
+    assert_same_end(tmp_path / "run", finished)
+    for path in (tmp_path / "run", finished):
+        metrics = json.loads((path / "checkpoints/8/metrics/metrics").read_text())
+        assert metrics["top1"] == load_weights(path / "checkpoints/8")[1].metrics["top1"]
+
+
+def test_the_record_is_written_again_when_the_workdir_was_removed(tmp_path, monkeypatch):
+    push = LossMeter.push
+
+    def remove_at_six(losses, step, loss):
+        if step == 6:
+            while not (tmp_path / "run/checkpoints/4").exists():
+                time.sleep(0.01)
+            shutil.rmtree(tmp_path / "run")
+        push(losses, step, loss)
+
+    monkeypatch.setattr(LossMeter, "push", remove_at_six)
+    train(small_config(), tmp_path / "run")
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "run/config.json").read_text())["batch_size"] == 16
+    assert len((tmp_path / "run/metrics.csv").read_text().splitlines()) == 4
+    train(small_config(), tmp_path / "run")
+
+
 def test_a_workdir_that_cannot_be_written_is_named():
     with pytest.raises(UserError, match="cannot write /proc/run"):
         train(small_config(), epath.Path("/proc/run"))
@@ -190,36 +257,41 @@ def test_a_second_run_in_a_workdir_is_refused_until_the_first_is_gone(stopped):
     lock_workdir(epath.Path(stopped)).close()
 
 
-def test_a_bad_batch_is_left_out_where_that_is_allowed(tmp_path, monkeypatch, caplog):
-    """The sixth batch, number 5, makes loss and parameters NaN; checkpoint 4 is before it."""
-    batches = build_train_batches(small_config())
-    bad = [next(batches)["label"] for _ in range(6)][5]
-    batches.close()
-    compile_train_step = loop.compile_train_step
+def poison(monkeypatch, first, last):
+    """Makes the images of the steps from `first` to `last` NaN."""
+    augment = step_module.augment
 
-    def poisoned(*arguments):
-        step = compile_train_step(*arguments)
+    def poisoned(key, step, batch, recipe):
+        inputs = augment(key, step, batch, recipe)
+        bad = (step + 1 >= first) & (step + 1 <= last)
+        return inputs | {"image": jnp.where(bad, jnp.nan, inputs["image"])}
 
-        def run(state, batch, key):
-            factor = jnp.where((batch["label"] == bad).all(), jnp.nan, 1.0)
-            state, metrics = step(state, batch, key)
-            params = jax.tree.map(lambda leaf: leaf * factor, state.params)
-            return state.replace(params=params), metrics | {"loss": metrics["loss"] * factor}
+    monkeypatch.setattr(step_module, "augment", poisoned)
 
-        return run
 
-    monkeypatch.setattr(loop, "compile_train_step", poisoned)
-    with pytest.raises(
-        UserError, match=r"loss of step 6 is nan; .* from checkpoint 4, the last good"
-    ):
-        train(small_config(), tmp_path / "run")
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, caplog):
+    poison(monkeypatch, 6, 7)
     with caplog.at_level("INFO"):
-        train(small_config(skip_bad_batches=1), tmp_path / "run")
-    assert "going back to checkpoint 4, the last good one, and leaving out batch 5" in caplog.text
-    data = json.loads((tmp_path / "run/checkpoints/12/data/metadata").read_text())
-    assert data["skipped"] == [5]
-    assert data["batches"]["step"] == 13
+        train(small_config(max_bad_steps=2), tmp_path / "run")
+    assert "gradient of step 6 is not finite: step skipped" in caplog.text
+    assert "gradient of step 7 is not finite: step skipped" in caplog.text
+    losses = json.loads((tmp_path / "run/checkpoints/12/data/metadata").read_text())["losses"]
+    assert (losses["bad"], losses["bad_in_a_row"]) == (2, 0)
     assert np.isfinite(np.genfromtxt(tmp_path / "run/metrics.csv", delimiter=",")[1:]).all()
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypatch):
+    poison(monkeypatch, 6, 12)
+    with pytest.raises(UserError, match=r"not finite in 3 steps in a row, .* step 8 \(config"):
+        train(small_config(max_bad_steps=2), tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/4").is_dir()
+
+
+def test_a_run_that_never_took_a_step_leaves_no_workdir(tmp_path, monkeypatch):
+    poison(monkeypatch, 1, 12)
+    with pytest.raises(UserError, match=r"config\.max_bad_steps is 0"):
+        train(small_config(max_bad_steps=0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class Root:
@@ -229,35 +301,30 @@ class Root:
         return jnp.sqrt(variables["params"]["w"]) * jnp.array([[1.0, 0.0]] * len(images))
 
 
-def test_a_gradient_that_is_not_finite_shows_in_the_loss():
-    """Else the loss would tell of it a step later, and the batch after the bad one be left out."""
+def test_a_gradient_that_is_not_finite_shows_in_the_loss_and_changes_no_parameter():
     optimizer = optax.sgd(0.1)
     recipe = Recipe(num_classes=2, mean=(0.0,) * 3, std=(1.0,) * 3)
     inputs = {"image": jnp.zeros((1, 4, 4, 3)), "target": jnp.array([[0.0, 1.0]])}
     for weight, finite in ((1.0, True), (0.0, False)):
         state = init_state({"w": jnp.array(weight)}, optimizer, ema=False)
         parts = {"model": Root(), "optimizer": optimizer, "recipe": recipe}
-        _, metrics = update_step(state, inputs, jax.random.key(0), **parts)
+        after, metrics = update_step(state, inputs, jax.random.key(0), **parts)
         assert np.isfinite(metrics["loss"]) == finite
-
-
-@pytest.mark.parametrize("skipped", [[], [0], [3], [3, 4], [0, 2, 9], [5, 3]])
-def test_batch_numbers_agree_with_what_is_yielded(skipped):
-    used = skipping(iter(range(20)), 0, skipped)
-    for steps in range(10):
-        assert batch_number(steps, skipped) == next(used)
-    again = skipping(iter(range(batch_number(4, skipped), 20)), batch_number(4, skipped), skipped)
-    assert next(again) == batch_number(4, skipped)
+        assert after.step == 1
+        assert (after.params["w"] != state.params["w"]) == finite
 
 
 def test_the_parts_of_the_time_sum_to_one():
     clock = Goodput()
-    with clock.of(WAIT):
-        jax.jit(lambda x: x * 3 + 1)(jnp.arange(7)).block_until_ready()
-    clock.close()
-    assert sum(clock.shares().values()) == pytest.approx(1)
-    assert clock.seconds[COMPILE] > 0
-    assert re.search(r"step \d.*input wait .*checkpoint .*evaluation .*compile \d", clock.line())
+    for part in (DATA, DEVICE, COMPILE):
+        with clock.of(part):
+            time.sleep(0.01)
+    shares = clock.shares()
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares[part] for part in (DATA, DEVICE, COMPILE)) > 0
+    assert re.search(
+        r"data wait \d.*device \d.*checkpoint .*evaluation .*compile \d.*host", clock.line()
+    )
 
 
 def test_the_profiler_traces_the_steps_it_is_asked_for(tmp_path):
@@ -283,7 +350,7 @@ def test_the_compilation_cache_is_where_the_configuration_says(tmp_path, monkeyp
         ):
             monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
             monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", environment)
-            use_compilation_cache(small_config(compilation_cache=key))
+            use_compilation_cache(key)
             assert jax.config.jax_compilation_cache_dir == expected
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

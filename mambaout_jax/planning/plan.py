@@ -7,13 +7,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from mambaout_jax.build import build_steps
 from mambaout_jax.config import check
 from mambaout_jax.errors import UserError
 from mambaout_jax.planning.program import Kernel, Program, lower_step, read_program
 from mambaout_jax.planning.schedule import count_kernels
 from mambaout_jax.planning.topology import Generation, exceeds_memory, find_topology, slice_devices
 from mambaout_jax.runtime.sharding import check_batch, make_mesh
-from mambaout_jax.training.schedule import schedule_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def make_plan(config: ConfigDict, topology: str, examples: int) -> Plan:
         chips=mesh.size,
         images=config.batch_size // mesh.size,
         parts=config.accumulate_steps,
-        total_steps=schedule_steps(config, steps_per_epoch)[2],
+        total_steps=build_steps(config, steps_per_epoch).total,
         memory=memory,
         program=program,
         kernels=count_kernels(program.kernels, topology),

@@ -11,10 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mambaout_jax.build import build_model, build_recipe
+from mambaout_jax.build import build_model, build_optimizer, build_recipe, build_schedule
 from mambaout_jax.runtime.sharding import state_shardings
-from mambaout_jax.training.optimizer import make_optimizer
-from mambaout_jax.training.schedule import make_schedule
 from mambaout_jax.training.state import init_params, init_state
 from mambaout_jax.training.step import compile_train_step
 
@@ -25,10 +23,10 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "col
 def lower_step(config: ConfigDict, mesh: Mesh, steps_per_epoch: int) -> jax.stages.Lowered:
     """Lowers the training step of a configuration, over a mesh of any devices."""
     network, recipe = build_model(config), build_recipe(config, steps_per_epoch)
-    optimizer = make_optimizer(config, make_schedule(config, steps_per_epoch))
+    optimizer = build_optimizer(config, build_schedule(config, steps_per_epoch))
     size, ema = config.data.image_size, config.optimizer.ema_decay > 0
     state = jax.eval_shape(
-        lambda key: init_state(init_params(key, network, size), optimizer, ema=ema),
+        lambda key: init_state(init_params(key, network, (size, size)), optimizer, ema=ema),
         jax.random.key(0),
     )
     batch = {

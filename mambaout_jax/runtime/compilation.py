@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 _BY_PLATFORM: dict[str, dict[str, Any]] = {
     # Matrix products go to cuBLAS alone: Triton's, which XLA tries beside it, make a step slower
@@ -25,12 +24,11 @@ def compiler_options(platform: str) -> dict[str, Any]:
     return dict(_BY_PLATFORM.get(platform, {}))
 
 
-def use_compilation_cache(config: ConfigDict) -> None:
-    """Keeps compiled programs in the folder that the configuration names.
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in a folder, "" for none.
 
     "auto" is what JAX_COMPILATION_CACHE_DIR names, else a folder of the user's cache.
     """
-    folder = config.compilation_cache
     if folder == "auto":
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(home / "mambaout_jax" / "xla")

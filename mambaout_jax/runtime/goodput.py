@@ -4,51 +4,44 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-import jax
-
-WAIT, SAVE, EVALUATE, COMPILE, STEP = "input wait", "checkpoint", "evaluation", "compile", "step"
+DATA, DEVICE, SAVE, EVALUATE, COMPILE = "data wait", "device", "checkpoint", "evaluation", "compile"
+HOST = "host"  # the rest: the main thread prepares and dispatches steps
 
 
 class Goodput:
-    """Counts the seconds of a process since it began; what is not counted elsewhere is the step's.
+    """Counts the seconds of the main thread since the run began.
 
-    Compiling is counted by jax itself, and taken off what it happened within. As the device works
-    while the host goes on, "step" holds all that the host waits for the device.
+    While the device computes, the main thread waits for it ("device"), waits for batches ("data
+    wait"), or works ("host"). Steps are dispatched ahead, so "host" and "data wait" are time that
+    the device may be computing too: a run is starved when "data wait" is high and "device" is near
+    0. Compilation is measured by jax, and subtracted from the part that it happened in.
     """
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
-        self.seconds = dict.fromkeys((WAIT, SAVE, EVALUATE, COMPILE), 0.0)
-        self._within: str | None = None
-        jax.monitoring.register_event_duration_secs_listener(self._compiled)
-
-    def _compiled(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds[COMPILE] += duration_secs
-            if self._within:
-                self.seconds[self._within] -= duration_secs
+        self.seconds = dict.fromkeys((DATA, DEVICE, SAVE, EVALUATE, COMPILE), 0.0)
 
     @contextlib.contextmanager
-    def of(self, what: str) -> Iterator[None]:
-        """Counts the time inside as `what`."""
-        start, self._within = time.perf_counter(), what
+    def of(self, part: str) -> Iterator[None]:
+        """Counts the time inside as `part`."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[what] += time.perf_counter() - start
-            self._within = None
+            self.seconds[part] += time.perf_counter() - start
+
+    def elapsed(self) -> dict[str, float]:
+        """Returns the seconds of each part since the beginning; HOST is the rest."""
+        total = time.perf_counter() - self.began
+        return self.seconds | {HOST: total - sum(self.seconds.values())}
 
     def shares(self) -> dict[str, float]:
         """Returns the parts of the time since the beginning, which sum to 1."""
-        total = max(time.perf_counter() - self.began, 1e-9)
-        parts = {what: seconds / total for what, seconds in self.seconds.items()}
-        return {STEP: 1 - sum(parts.values())} | parts
+        elapsed = self.elapsed()
+        total = max(sum(elapsed.values()), 1e-9)
+        return {part: seconds / total for part, seconds in elapsed.items()}
 
     def line(self) -> str:
         """Returns the parts as one line of text."""
-        parts = ", ".join(f"{what} {share:.1%}" for what, share in self.shares().items())
-        return f"time since the start, {time.perf_counter() - self.began:,.0f} s: {parts}"
-
-    def close(self) -> None:
-        """Counts no more."""
-        jax.monitoring.unregister_event_duration_listener(self._compiled)
+        parts = ", ".join(f"{part} {share:.1%}" for part, share in self.shares().items())
+        return f"time of {time.perf_counter() - self.began:,.0f} s: {parts}"

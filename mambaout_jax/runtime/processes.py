@@ -17,12 +17,12 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from mambaout_jax.errors import UserError, first_line
+from mambaout_jax.errors import StorageError, UserError, first_line
+from mambaout_jax.runtime.preemption import RESUME
 
 logger = logging.getLogger(__name__)
 
-# Exit codes: what is wrong stays so until someone mends it; or the same command resumes the run.
-FAILED, RESUME = 1, 75  # 75: EX_TEMPFAIL of sysexits.h
+FAILED = 1  # exit code: the same command fails again until someone mends what the message names
 # Seconds that a process waits for the others to start, and until one that is silent counts as dead.
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 60
@@ -87,6 +87,21 @@ def end(message: str, code: int) -> NoReturn:
     os._exit(code)
 
 
+def leave(code: int, error: Exception | None = None) -> NoReturn:
+    """Ends this process, and reports an error; of several, all must call it.
+
+    A process that runs alone does not wait for its threads: one may be compiling for minutes.
+    """
+    if error:
+        print(f"error: {error}", file=sys.stderr)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_count() == 1:
+        os._exit(code)
+    sys.exit(code)
+
+
 def leave_after(error: Exception) -> None:
     """Ends this process of several, saying why; one that runs alone goes on.
 
@@ -100,7 +115,7 @@ def leave_after(error: Exception) -> None:
         time.sleep(3)
     if isinstance(error, UserError):
         end(str(error), FAILED)
-    if re.search(LOST, str(error), re.IGNORECASE):
+    if isinstance(error, jax.errors.JaxRuntimeError) and re.search(LOST, str(error), re.IGNORECASE):
         end(
             f"another process of the run has ended or cannot be reached ({first_line(error)}); its "
             "own log says why; the same command on every host resumes from the last checkpoint",
@@ -123,21 +138,23 @@ def gather(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """Makes a UserError of one process, raised inside, one of every process.
+    """Makes a UserError that one process raises inside an error of every process.
 
     Raises:
-        UserError: this process's own, or else that of the first process that had one.
+        UserError: this process's own, or else that of the first process that had one, of its type.
     """
-    failure = None
+    failure: UserError | None = None
     try:
         yield
     except UserError as error:
         failure = error
     if jax.process_count() > 1:
-        messages = gather(str(failure or ""))
+        messages = gather(f"{type(failure).__name__}: {failure}" if failure else "")
         index = next((index for index, message in enumerate(messages) if message), None)
         if index is not None and failure is None:
-            failure = UserError(f"process {index} of the run says: {messages[index]}")
+            kind, _, message = messages[index].partition(": ")
+            error_class = StorageError if kind == StorageError.__name__ else UserError
+            failure = error_class(f"process {index} of the run says: {message}")
     if failure:
         raise failure
 

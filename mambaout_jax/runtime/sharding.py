@@ -1,10 +1,9 @@
 """The mesh of devices, and where each array lies on it."""
 
-import collections
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +23,6 @@ RULES: tuple[tuple[str, str], ...] = (
 )
 # Parameters of fewer elements stay whole on every device: splitting them saves nothing.
 MIN_SPLIT_SIZE = 2**14
-
-DEVICE_PREFETCH = 2  # batches that are on the device before their step
 
 # A batch is split over both axes.
 BATCH = P(("data", "fsdp"))
@@ -112,14 +109,3 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()
     }
-
-
-def on_device(
-    batches: Iterator[dict[str, np.ndarray]], mesh: Mesh
-) -> Iterator[dict[str, jax.Array]]:
-    """Yields global batches; the transfer of the next ones is already under way."""
-    queue: collections.deque[dict[str, jax.Array]] = collections.deque()
-    for batch in batches:
-        queue.append(global_batch({key: batch[key] for key in ("image", "label")}, mesh))
-        if len(queue) == DEVICE_PREFETCH:
-            yield queue.popleft()

@@ -14,7 +14,7 @@ import jax
 from etils import epath
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.files import write_json
+from mambaout_jax.files import is_bucket, write_json
 from mambaout_jax.runtime.processes import all_or_none
 
 logger = logging.getLogger(__name__)
@@ -24,39 +24,47 @@ LOCK, RECORD = "lock", "config.json"
 
 @contextlib.contextmanager
 def hold_workdir(
-    workdir: epath.Path, record: Mapping[str, Any], free: Sequence[str]
+    workdir: epath.Path,
+    record: Mapping[str, Any],
+    free: Sequence[str],
+    added: Mapping[str, Any],
 ) -> Iterator[None]:
-    """Holds the workdir for this run; a workdir that is new vanishes when nothing came of it.
+    """Holds the workdir for this run; removes a new workdir when the run fails before a step.
 
     The first of several processes holds it for all. The lock is the kernel's: it ends with the
-    process, however that ends. A bucket knows no such lock.
+    process, however that ends.
+
+    Args:
+        workdir: of the run.
+        record: the run's config, by dotted keys.
+        free: prefixes of the keys that a resumed run may change.
+        added: keys that older runs lack, and the value that they ran with.
 
     Raises:
-        UserError: when the workdir is held, of another run, cannot be written, or is not the same
-            folder on every host.
+        UserError: when the workdir is in use, holds another run, cannot be written, or is not the
+            same folder on every host.
     """
     lock, new, primary = None, False, jax.process_index() == 0
     try:
         with all_or_none():
             if primary:
                 try:
-                    check_workdir(workdir, record, free)
+                    check_workdir(workdir, record, free, added)
                 except ImportError as error:  # of what reads buckets
                     raise UserError(f"cannot use {workdir}: {error}") from None
                 lock = lock_workdir(workdir)
-                # Another command may have begun and ended a run here since.
-                new = check_workdir(workdir, record, free)
-                write_record(workdir, record)
+                # Another command may have started and ended a run here since.
+                new = check_workdir(workdir, record, free, added)
+                keep_record(workdir, record)
         with all_or_none():
             if not (workdir / RECORD).exists():
                 raise UserError(
-                    f"{workdir} of process 0 is not seen here: choose a --workdir that all hosts "
-                    "share, on a network file system or in a bucket"
+                    f"{workdir} of process 0 is not visible here: choose a --workdir that all "
+                    "hosts share, on a network file system or in a bucket"
                 )
         yield
     except UserError:
-        worth = ("metrics.csv", "checkpoints/[0-9]*")
-        if new and not any(path for pattern in worth for path in workdir.glob(pattern)):
+        if new and not has_results(workdir):
             workdir.rmtree(missing_ok=True)
         raise
     finally:
@@ -64,13 +72,20 @@ def hold_workdir(
             lock.close()
 
 
+def has_results(workdir: epath.Path) -> bool:
+    """Returns whether a workdir holds more than the files that a run starts with."""
+    names = {path.name for path in workdir.iterdir()} - {LOCK, RECORD, "checkpoints"}
+    folder = workdir / "checkpoints"
+    return bool(names) or (folder.exists() and any(folder.iterdir()))
+
+
 def lock_workdir(workdir: epath.Path) -> IO[str] | None:
     """Returns the open file that holds the workdir, None for a bucket.
 
     Raises:
-        UserError: when another process holds it: names it.
+        UserError: when another process holds it; it is named.
     """
-    if "://" in os.fspath(workdir):
+    if is_bucket(workdir):
         return None
     path = workdir / LOCK
     try:
@@ -88,31 +103,35 @@ def lock_workdir(workdir: epath.Path) -> IO[str] | None:
             f"{workdir} is in use by {owner}: wait for it or stop it, or choose another --workdir"
         ) from None
     except OSError as error:  # a file system without locks
-        logger.warning("%s cannot be locked (%s): see to it that one run uses it", path, error)
-    file.truncate(0)
+        logger.warning("%s cannot be locked (%s): make sure that one run uses it", path, error)
     now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    file.write(f"process {os.getpid()} of {socket.gethostname()} since {now}\n")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()} since {now}\n")
+        file.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     return file
 
 
-def check_workdir(workdir: epath.Path, record: Mapping[str, Any], free: Sequence[str]) -> bool:
-    """Checks that the workdir is free, or holds this run; writes nothing.
-
-    Args:
-        workdir: of the run.
-        record: the run's configuration, by dotted keys.
-        free: prefixes of the keys that a resumed run may change.
+def check_workdir(
+    workdir: epath.Path,
+    record: Mapping[str, Any],
+    free: Sequence[str] = (),
+    added: Mapping[str, Any] | None = None,
+) -> bool:
+    """Checks that the workdir is unused, or holds this run; arguments as in `hold_workdir`.
 
     Returns:
         Whether the workdir is new.
 
     Raises:
-        UserError: when the workdir holds a run of another configuration, or other files.
+        UserError: when the workdir holds a run of another config, or other files.
     """
-    path = workdir / RECORD
-    if path.exists():
-        theirs = json.loads(path.read_text())
+    if (workdir / RECORD).exists():
+        theirs = dict(added or {}) | read_record(workdir)
         differing = [
             f"{key} is {theirs.get(key)!r} there and {record.get(key)!r} here"
             for key in sorted(theirs.keys() | record.keys())
@@ -120,22 +139,45 @@ def check_workdir(workdir: epath.Path, record: Mapping[str, Any], free: Sequence
         ]
         if differing:
             raise UserError(
-                f"{workdir} holds a run of another configuration ({'; '.join(differing)}): "
-                "choose another --workdir, or the configuration that it was started with"
+                f"{workdir} holds a run of another config ({'; '.join(differing)}): "
+                "choose another --workdir, or the config that it was started with"
             )
         return False
-    if workdir.exists() and (
-        not workdir.is_dir() or {path.name for path in workdir.iterdir()} - {LOCK}
-    ):
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: choose a new or empty folder as --workdir")
+    # A command that was killed while it started leaves a lock and a half-written record.
+    started = (LOCK, f".{RECORD}.")
+    if workdir.exists() and any(not path.name.startswith(started) for path in workdir.iterdir()):
         raise UserError(f"{workdir} holds other files and no run: choose an empty --workdir")
     return True
 
 
-def write_record(workdir: epath.Path, record: Mapping[str, Any]) -> None:
-    """Makes the workdir this run's, where it is no run's yet.
+def read_record(workdir: epath.Path) -> dict[str, Any]:
+    """Returns the config of the run that a workdir holds, by dotted keys.
+
+    Raises:
+        UserError: when it cannot be read or is damaged.
+    """
+    path = workdir / RECORD
+    try:
+        record = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{path} is damaged: restore it from a copy; or remove it and move the other files "
+            "back after the same command has written it again in an empty workdir"
+        )
+    return record
+
+
+def keep_record(workdir: epath.Path, record: Mapping[str, Any]) -> None:
+    """Writes the run's config into the workdir where it is missing.
 
     Raises:
         UserError: when it cannot be written.
     """
-    if not (workdir / RECORD).exists():
+    if jax.process_index() == 0 and not (workdir / RECORD).exists():
         write_json(workdir / RECORD, dict(record))

@@ -1,24 +1,29 @@
 """Checkpoints of a run, by Orbax: asynchronous, the newest few and the best.
 
 WORKDIR/checkpoints/STEP holds the items `params`, `ema_params` (where the recipe averages),
-`optimizer`, `data` (where the data iterator and the recorder stand) and `meta` (which model it is:
-`mambaout_jax.weights.store.WeightsInfo`), so that each is loadable as weights by itself.
+`optimizer`, `data` (the position of the data iterator and the metrics so far), `meta` (a
+`mambaout_jax.weights.store.WeightsInfo`) and, after an evaluation, `metrics`. So each checkpoint
+can be loaded as weights by itself.
 """
 
 import contextlib
+import functools
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tenacity
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import StorageError, UserError, first_line
+from mambaout_jax.files import write_json
 from mambaout_jax.runtime.processes import all_or_none
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.weights.store import WeightsInfo
@@ -27,12 +32,22 @@ logger = logging.getLogger(__name__)
 
 METRIC = "top1"
 DAMAGED = ".damaged"
+# Error numbers and words of storage that fails for a while, in messages of the system, of
+# TensorStore and of buckets' servers. Whatever else reading a checkpoint fails of is damage.
+TRANSIENT = re.compile(
+    r"\[Errno (5|11|16|70|103|104|110|111|113|116|121)\]"
+    r"|os_error_code='?(5|11|16|70|103|104|110|111|113|116|121)\b"
+    r"|UNAVAILABLE|DEADLINE_EXCEEDED|Too Many Requests|Service Unavailable|Connection reset"
+)
+READ_ATTEMPTS = 4
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: epath.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """Yields the manager of a workdir's checkpoints; `keep` newest ones stay, and the best."""
-    folder = workdir.resolve() / "checkpoints"
+    """Yields the manager of a workdir's checkpoints, which keeps the `keep` newest and the best."""
+    folder = absolute(workdir) / "checkpoints"
     with all_or_none():
         if jax.process_index() == 0:
             set_aside_unreadable(folder)
@@ -58,24 +73,34 @@ def open_checkpoints(workdir: epath.Path, keep: int) -> Iterator[ocp.CheckpointM
     except BaseException:
         # Of several processes the others may be gone, and the end of a save would wait for them.
         if jax.process_count() == 1:
-            with contextlib.suppress(Exception):  # of a save that failed, as what is raised says
+            with contextlib.suppress(Exception):  # the error that is raised says it already
                 manager.close()
         raise
     manager.close()
 
 
+def absolute(path: epath.Path) -> epath.Path:
+    """Returns the absolute path, as Orbax asks for; a bucket's path is absolute already."""
+    return path if "://" in os.fspath(path) else path.resolve()
+
+
 def has_checkpoint(workdir: epath.Path) -> bool:
-    """Tells whether a workdir holds a whole checkpoint; unfinished ones have other names."""
-    folder = workdir / "checkpoints"
-    return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+    """Returns whether a workdir holds a checkpoint; unfinished ones have other names."""
+    return bool(checkpoint_folders(workdir / "checkpoints"))
+
+
+def checkpoint_folders(folder: epath.Path) -> list[epath.Path]:
+    """Returns the folders of checkpoints, oldest first; none where the folder does not exist."""
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    return sorted(found, key=lambda path: int(path.name))
 
 
 @jax.jit
 def fingerprint(state: Any) -> jax.Array:
-    """Returns a uint32 that any changed bit of a float32 or int32 leaf changes.
+    """Returns a uint32 that changes with any bit of a float32 or int32 leaf.
 
-    Files that are cut off are found out when they are read; a bit that fell over in a checkpoint's
-    arrays is not. The sum does not depend on how the state is split over devices.
+    Orbax notices files that are cut off, but not a flipped bit in an array. The sum does not depend
+    on how the state is split over devices.
     """
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(state):
@@ -86,7 +111,7 @@ def fingerprint(state: Any) -> jax.Array:
 
 @contextlib.contextmanager
 def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turns what a save failed of into a sentence, also a save that was still under way.
+    """Reports a failed save as one sentence, also a save that was still running.
 
     Raises:
         UserError: names the cause and the last good checkpoint.
@@ -101,12 +126,11 @@ def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """Returns the part of an error's message that tells a person what happened."""
+    """Returns what a person needs to know of an error of Orbax or TensorStore."""
     text = str(error)
-    system = re.search(r"\[Errno \d+\] ([^:\n]+)|([^:\"]+) \[os_error_code=", text)
-    if system:
-        return (system[1] or system[2]).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"
+    if number := re.search(r"\[Errno (\d+)\]|os_error_code='?(\d+)", text):
+        return os.strerror(int(number[1] or number[2]))
+    return first_line(error)
 
 
 def save(
@@ -116,12 +140,12 @@ def save(
     meta: dict[str, Any],
     metrics: dict[str, float] | None,
 ) -> None:
-    """Starts to save the state; returns once the device's arrays are copied.
+    """Starts to save the state; returns once the arrays are copied from the devices.
 
     Args:
         manager: of the workdir's checkpoints.
         state: the state after `state.step` steps.
-        data: what else a resumed run continues from, as JSON keeps it.
+        data: what else a resumed run continues from, as JSON stores it.
         meta: the `WeightsInfo` as JSON.
         metrics: of an evaluation at this step, None without one.
 
@@ -142,13 +166,60 @@ def save(
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until what is being saved is saved.
+    """Waits until the last save is written.
 
     Raises:
         UserError: when it cannot be written.
     """
     with named_failure(manager):
         manager.wait_until_finished()
+
+
+def amend(
+    manager: ocp.CheckpointManager,
+    step: int,
+    data: dict[str, Any],
+    meta: dict[str, Any],
+    metrics: dict[str, float],
+) -> None:
+    """Adds an evaluation to a checkpoint that was saved without it; arguments as in `save`.
+
+    Raises:
+        UserError: when it cannot be written.
+    """
+    folder = epath.Path(manager.directory) / str(step)
+    with all_or_none():
+        if jax.process_index() == 0:
+            old = json.loads((folder / "data" / "metadata").read_text())
+            write_json(folder / "metrics" / "metrics", metrics)
+            write_json(folder / "meta" / "metadata", meta)
+            write_json(folder / "data" / "metadata", old | data)
+    manager.reload()
+
+
+def reading(read: Callable[[], T], what: str) -> T:
+    """Returns what `read` returns, after further attempts where storage fails for a while.
+
+    Raises:
+        StorageError: when storage still fails at the last attempt.
+        Exception: any other error of `read`: damage.
+    """
+    attempts = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: bool(TRANSIENT.search(str(error)))),
+        stop=tenacity.stop_after_attempt(READ_ATTEMPTS),
+        wait=tenacity.wait_exponential(multiplier=0.5),
+        before_sleep=lambda attempt: logger.warning(
+            "reading %s failed (%s): trying again", what, cause(attempt.outcome.exception())
+        ),
+    )
+    try:
+        return attempts(read)
+    except tenacity.RetryError as error:
+        failure = error.last_attempt.exception()
+        raise StorageError(
+            f"{what} cannot be read: {cause(failure)}; nothing was changed: the same command "
+            "continues when the storage can be read again"
+        ) from failure
 
 
 def restore(
@@ -158,11 +229,12 @@ def restore(
 
     Args:
         manager: of the workdir's checkpoints.
-        step: which checkpoint.
+        step: number of the checkpoint.
         abstract: shapes and shardings of the state.
 
     Raises:
-        ValueError: when the arrays are not those that were saved; others as Orbax finds damage.
+        ValueError: when the arrays are not those that were saved.
+        Exception: others, as Orbax finds damage.
     """
     optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
     items = {
@@ -182,11 +254,13 @@ def restore(
     data = dict(found["data"])
     if data.pop("fingerprint", None) not in (None, int(fingerprint(state))):
         raise ValueError("its arrays are not those that were saved")
+    if int(state.step) != step:
+        raise ValueError(f"it holds step {int(state.step)}")
     return state, data
 
 
 def check_model(manager: ocp.CheckpointManager, info: WeightsInfo) -> None:
-    """Checks that the newest checkpoint that says of which model it is, is of this one.
+    """Checks that the newest checkpoint with a readable description is of this model.
 
     Raises:
         UserError: when it is not.
@@ -195,8 +269,8 @@ def check_model(manager: ocp.CheckpointManager, info: WeightsInfo) -> None:
         try:
             meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
             theirs = WeightsInfo.from_json(meta["meta"])
-        except Exception:
-            continue  # damaged: found out when it is restored
+        except Exception:  # damaged: `restore_newest` reports it
+            continue
         if (theirs.model, theirs.num_classes) != (info.model, info.num_classes):
             raise UserError(
                 f"checkpoint {step} in {manager.directory} is of another run: {theirs.model} of "
@@ -208,18 +282,22 @@ def check_model(manager: ocp.CheckpointManager, info: WeightsInfo) -> None:
 def restore_newest(
     manager: ocp.CheckpointManager, abstract: TrainState
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """Returns the state and the data item of the newest checkpoint that is whole; None without any.
+    """Returns the state and the data item of the newest undamaged checkpoint; None without any.
 
     Damaged ones that are newer are named in the log, and renamed to STEP.damaged.
 
     Raises:
-        UserError: when there are checkpoints, and none is whole.
+        StorageError: when storage fails; it proves no damage.
+        UserError: when there are checkpoints, and all are damaged.
     """
     damage: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
+        what = f"checkpoint {step} in {manager.directory}"
         try:
             with all_or_none(), damage_as_sentence():
-                found = restore(manager, step, abstract)
+                found = reading(functools.partial(restore, manager, step, abstract), what)
+        except StorageError:
+            raise
         except UserError as error:
             damage[step] = str(error)
             continue
@@ -235,7 +313,7 @@ def restore_newest(
     if damage or aside:
         reasons = "; ".join([f"{step}: {reason}" for step, reason in damage.items()] + aside)
         raise UserError(
-            f"no checkpoint in {folder} can be read ({reasons}): mend one, or start anew with "
+            f"no checkpoint in {folder} can be read ({reasons}): repair one, or start again with "
             "another --workdir"
         )
     return None
@@ -243,9 +321,11 @@ def restore_newest(
 
 @contextlib.contextmanager
 def damage_as_sentence() -> Iterator[None]:
-    """Turns whatever reading a checkpoint failed of into a UserError."""
+    """Turns the error of reading a damaged checkpoint into a UserError."""
     try:
         yield
+    except StorageError:
+        raise
     except Exception as error:
         raise UserError(cause(error)) from error
 
@@ -257,11 +337,13 @@ def set_aside(folder: epath.Path, step: int) -> None:
 
 def set_aside_unreadable(folder: epath.Path) -> None:
     """Sets checkpoints aside whose metrics, which the manager reads, are damaged."""
-    for path in sorted(folder.iterdir()) if folder.exists() else []:
+    for path in checkpoint_folders(folder):
         metrics = path / "metrics" / "metrics"
-        if path.name.isdigit() and metrics.exists():
+        if metrics.exists():
             try:
-                json.loads(metrics.read_text())
+                json.loads(reading(metrics.read_text, os.fspath(metrics)))
+            except StorageError:
+                raise
             except ValueError:
                 logger.warning("checkpoint %s is damaged: its metrics cannot be read", path.name)
                 set_aside(folder, int(path.name))

@@ -2,59 +2,36 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
-from collections.abc import Callable
-from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from clu import parameter_overview
 from etils import epath
-from ml_collections import ConfigDict
 
-from mambaout_jax import config as configuration
-from mambaout_jax.build import Run, build_run, weights_info
-from mambaout_jax.errors import PreemptedError, UserError
-from mambaout_jax.inference.evaluate import compile_eval_step, evaluate
-from mambaout_jax.runtime import goodput, preemption
+from mambaout_jax.errors import PreemptedError
+from mambaout_jax.inference.evaluate import StoppedError, evaluate
+from mambaout_jax.models.flops import count_total
+from mambaout_jax.runtime import goodput
+from mambaout_jax.runtime.devices import peak_flops
 from mambaout_jax.runtime.goodput import Goodput
-from mambaout_jax.runtime.processes import all_or_none, check_alike
+from mambaout_jax.runtime.preemption import StopRequest
 from mambaout_jax.runtime.profiler import Profiler
-from mambaout_jax.runtime.sharding import on_device, state_shardings
-from mambaout_jax.runtime.workdir import hold_workdir
+from mambaout_jax.runtime.sharding import global_batch, state_shardings
+from mambaout_jax.runtime.workdir import hold_workdir, keep_record
 from mambaout_jax.training import checkpoint
-from mambaout_jax.training.losses import Losses, NonFiniteLossError
+from mambaout_jax.training.metrics import LossMeter
+from mambaout_jax.training.programs import Programs, compile_programs
 from mambaout_jax.training.progress import Progress
 from mambaout_jax.training.recorder import Recorder, read_rows
-from mambaout_jax.training.skipping import batch_number, skipping
+from mambaout_jax.training.run import Position, Run, world
 from mambaout_jax.training.state import TrainState
-from mambaout_jax.training.step import compile_train_step
 from mambaout_jax.weights.finetune import initial_params
 
 logger = logging.getLogger(__name__)
 
-# Roles of the root key, which is the seed's.
+# Roles of the root key, which is made of the seed.
 INIT_KEY, TRAIN_KEY = 0, 1
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a run stands: all that its next steps follow from."""
-
-    state: TrainState
-    losses: Losses
-    skipped: list[int]  # numbers of the batches that were left out
-
-    def data(self, run: Run) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of it beside the state, as JSON keeps it."""
-        next_batch = batch_number(int(self.state.step), self.skipped)
-        return {
-            "batches": run.batches.state() | {"step": next_batch},
-            "losses": self.losses.state(),
-            "skipped": self.skipped,
-            "world": world(),
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,212 +39,247 @@ class Session:
     """What one command works with, from its start to its end."""
 
     workdir: epath.Path
-    saved: ocp.CheckpointManager
-    goodput: Goodput
-    asked_to_end: Callable[[int], bool]
+    manager: ocp.CheckpointManager
+    clock: Goodput
+    stop: StopRequest
+    recorder: Recorder
+    progress: Progress
 
 
-def train(config: ConfigDict, workdir: epath.Path) -> None:
+def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
     """Trains, evaluates and saves; resumes the run that the workdir holds.
 
     Raises:
-        UserError: when something of the user's is amiss; the workdir is then left as it was.
-        PreemptedError: when the machine asked for it; the run is saved.
+        UserError: when the user has to mend something; a new workdir without a step is removed.
+        PreemptedError: when the run was asked to stop; it is saved.
     """
-    check_alike(
-        configuration=json.dumps(configuration.shared(config), sort_keys=True), workdir=str(workdir)
-    )
-    workdir = epath.Path(workdir)
-    root = jax.random.key(config.seed)
+    workdir, clock = epath.Path(workdir), Goodput()
+    root = jax.random.key(run.seed)
     init_key, train_key = (jax.random.fold_in(root, role) for role in (INIT_KEY, TRAIN_KEY))
-    params = None
-    with all_or_none():
-        run = build_run(config)
-        abstract = jax.eval_shape(run.initial_state, init_key)
-        shardings = state_shardings(abstract, run.mesh)
-        if config.init_from and not checkpoint.has_checkpoint(workdir):
-            params, report = initial_params(config.init_from, run.model, init_key)
-            logger.info("%s", report)
-    logger.info("training pictures by %s", run.batches.made_by)
+    abstract = jax.eval_shape(run.initial_state, init_key)
+    shardings = state_shardings(abstract, run.mesh)
+    target = checkpoint.abstract_state(abstract, shardings)
     with contextlib.ExitStack() as stack:
         stack.callback(run.batches.close)
-        stack.enter_context(
-            hold_workdir(workdir, configuration.flatten(config), configuration.FREE_KEYS)
-        )
-        saved = stack.enter_context(checkpoint.open_checkpoints(workdir, config.checkpoint.keep))
-        latest = saved.latest_step()
-        if latest is not None and latest >= run.total_steps:
-            logger.info("finished already: %s", summary(run, workdir, saved.best_step()))
+        stack.enter_context(hold_workdir(workdir, run.record, run.free_keys, run.added_keys))
+        manager = stack.enter_context(checkpoint.open_checkpoints(workdir, run.keep_checkpoints))
+        position = newest_position(run, target, manager, workdir)
+        if position and position.step >= run.steps.total and position.evaluated:
+            logger.info("finished already: %s", summary(run, position, manager, workdir))
             return
-        clock = stack.enter_context(contextlib.closing(Goodput()))
-        asked_to_end = stack.enter_context(preemption.watch())
-        session = Session(workdir, saved, clock, asked_to_end)
-
-        def begin() -> TrainState:
-            return jax.jit(run.initial_state, out_shardings=shardings)(init_key, params)
-
-        target = checkpoint.abstract_state(abstract, shardings)
-        done = train_past_bad_batches(run, begin, target, train_key, session)
+        with clock.of(goodput.COMPILE):
+            programs = compile_programs(run, target)
+        if position is None:
+            position = first_position(run, init_key, shardings)
+        session = open_session(run, position, workdir, manager, clock, stop, stack)
+        stop.saves = True
+        train_loop(run, position, programs, train_key, session)
         with clock.of(goodput.SAVE):
-            checkpoint.finish(saved)
-        if done < run.total_steps:
-            raise PreemptedError(f"saved at step {done} of {run.total_steps}")
-        logger.info("finished: %s", summary(run, workdir, saved.best_step()))
+            checkpoint.finish(manager)
+        logger.info("%s", clock.line())
+        if position.step < run.steps.total or not position.evaluated:
+            raise PreemptedError(f"saved at step {position.step} of {run.steps.total}")
+        logger.info("finished: %s", summary(run, position, manager, workdir))
 
 
-def train_past_bad_batches(
-    run: Run,
-    begin: Callable[[], TrainState],
-    target: TrainState,
-    key: jax.Array,
-    session: Session,
-) -> int:
-    """Trains from the newest checkpoint, or from the beginning where there is none.
-
-    After a loss that is not finite it does so again, without that loss's batch.
-
-    Returns:
-        The number of steps that are done.
-    """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    skipped: list[int] = []
-    while True:
-        position = newest_position(run, target, session) or first_position(run, begin())
-        position.skipped = sorted({*position.skipped, *skipped})
-        try:
-            return train_loop(run, position, shardings, key, session)
-        except NonFiniteLossError as error:
-            skipped = skip_or_stop(run, error, position.skipped, session)
-
-
-def skip_or_stop(
-    run: Run, error: NonFiniteLossError, skipped: list[int], session: Session
-) -> list[int]:
-    """Returns the batches to leave out from the last checkpoint on, the bad one among them.
+def newest_position(
+    run: Run, target: TrainState, manager: ocp.CheckpointManager, workdir: epath.Path
+) -> Position | None:
+    """Returns where the newest undamaged checkpoint stands, None without any.
 
     Raises:
-        UserError: when no more may be left out.
+        UserError: when it is another run's, or all are damaged.
     """
-    checkpoint.finish(session.saved)
-    latest = session.saved.latest_step()
-    good = "the beginning" if latest is None else f"checkpoint {latest}, the last good one"
-    if len(skipped) >= run.config.skip_bad_batches:
-        raise UserError(
-            f"{error}; the same command resumes from {good}. Try a lower "
-            "config.schedule.learning_rate, config.optimizer.clip_norm, or config.skip_bad_batches"
-        )
-    batch = batch_number(error.step - 1, skipped)
-    logger.warning("%s: going back to %s, and leaving out batch %d", error, good, batch)
-    return [*skipped, batch]
-
-
-def newest_position(run: Run, target: TrainState, session: Session) -> Position | None:
-    """Returns where the newest whole checkpoint stands, None without any.
-
-    Raises:
-        UserError: when it is another run's, or none is whole.
-    """
-    checkpoint.check_model(session.saved, weights_info(run, None))
-    found = checkpoint.restore_newest(session.saved, target)
+    checkpoint.check_model(manager, run.weights_info())
+    found = checkpoint.restore_newest(manager, target)
     if not found:
         return None
     state, data = found
+    step = int(state.step)
     run.batches.restore(data["batches"])
-    logger.info("resumed at step %d of %d", int(state.step), run.total_steps)
+    rows = data.get("rows")
+    if rows is None:  # a run of an older version
+        rows = [row for row in read_rows(workdir / "metrics.csv") if row["step"] <= step]
+    logger.info("resumed at step %d of %d", step, run.steps.total)
     if data.get("world") != world():
         logger.info("it was saved by %s; now there are %s", data.get("world"), world())
-    return Position(state, Losses(**data["losses"]), data.get("skipped", []))
+    losses = LossMeter(run.max_bad_steps, **data["losses"])
+    return Position(step, state, losses, rows, data.get("evaluated", True))
 
 
-def first_position(run: Run, state: TrainState) -> Position:
-    """Returns where a run stands before its first step."""
+def first_position(run: Run, init_key: jax.Array, shardings: TrainState) -> Position:
+    """Returns where a run stands before its first step.
+
+    Raises:
+        UserError: when the weights to start from cannot be read, or do not fit.
+    """
+    params = None
+    if run.init_from:
+        params, report = initial_params(run.init_from, run.model, init_key)
+        logger.info("%s", report)
     run.batches.restore(run.batches.state() | {"step": 0})
-    logger.info("%s", parameter_overview.get_parameter_overview(state.params))
-    return Position(state, Losses(), [])
+    state = jax.jit(run.initial_state, out_shardings=shardings)(init_key, params)
+    return Position(0, state, LossMeter(run.max_bad_steps), [])
+
+
+def open_session(
+    run: Run,
+    position: Position,
+    workdir: epath.Path,
+    manager: ocp.CheckpointManager,
+    clock: Goodput,
+    stop: StopRequest,
+    stack: contextlib.ExitStack,
+) -> Session:
+    """Opens the recorder and the progress display, which `stack` closes."""
+    primary = jax.process_index() == 0
+    height, width = run.preprocessing.shape
+    layer = count_total(run.model, (height, width, 3))
+    logger.info(
+        "%s: %s parameters, %.2f GMACs at %dx%d; training images by %s",
+        run.model_name,
+        f"{layer.params:,}",
+        layer.macs / 1e9,
+        height,
+        width,
+        run.batches.made_by,
+    )
+    # Two FLOPs a multiply-accumulate; a training step costs three forward passes.
+    peak = peak_flops(jax.devices()[0].device_kind)
+    images = peak * jax.device_count() / (6 * layer.macs) if peak else None
+    recorder = Recorder(
+        workdir,
+        position.step,
+        position.rows,
+        title=f"{workdir.name}: {run.model_name} on {run.eval_batches.name}",
+        wandb_project=run.wandb_project,
+        enabled=primary,
+    )
+    stack.callback(recorder.close)
+    total, batch_size = run.steps.total, run.batch_size
+    progress = Progress(total, position.step, batch_size, clock, images, primary)
+    stack.callback(progress.close)
+    return Session(workdir, manager, clock, stop, recorder, progress)
 
 
 def train_loop(
-    run: Run, position: Position, shardings: TrainState, key: jax.Array, session: Session
-) -> int:
-    """Runs the steps that are left, evaluating and saving when it is time.
+    run: Run, position: Position, programs: Programs, key: jax.Array, session: Session
+) -> None:
+    """Runs the steps that are left, with evaluations and saves, until the end or a stop request.
 
-    Returns:
-        The number of steps that are done: fewer than all, when the machine asked to end.
+    Between two log lines nothing is read from the devices, and nothing else is computed on them.
     """
-    config, total, workdir, clock = run.config, run.total_steps, session.workdir, session.goodput
-    train_step = compile_train_step(run.model, run.optimizer, run.recipe, shardings, run.mesh)
-    eval_step = compile_eval_step(run.model, run.recipe, shardings.params, run.mesh)
-    start, losses = int(position.state.step), position.losses
-    primary = jax.process_index() == 0
-    eval_every, save_every = run.every(config.eval.every), run.every(config.checkpoint.every)
-    numbered = skipping(run.batches, batch_number(start, position.skipped), position.skipped)
-    batches = on_device(numbered, run.mesh)
-    with contextlib.ExitStack() as stack:
-        recorder = Recorder(workdir, start, config.log.wandb_project, enabled=primary)
-        stack.callback(recorder.close)
-        every = run.every(config.log.every)
-        progress = Progress(total, start, config.batch_size, every, clock, primary)
-        stack.callback(progress.close)
-        profiler = Profiler(workdir / "tensorboard", start, run.every(config.profile))
-        stack.callback(profiler.close)
-        for step in range(start + 1, total + 1):
-            with clock.of(goodput.WAIT):
-                batch = next(batches)
-            rate = float(run.schedule(step - 1))
+    steps, clock, progress = run.steps, session.clock, session.progress
+    with contextlib.closing(
+        Profiler(session.workdir / "tensorboard", position.step, steps.profile)
+    ) as profiler:
+        if not position.evaluated:
+            late_evaluation(run, position, programs, session)
+        while position.step < steps.total and position.evaluated:
+            with clock.of(goodput.DATA):
+                batch = next(run.batches)
+            step = position.step + 1
+            inputs = global_batch({name: batch[name] for name in ("image", "label")}, run.mesh)
             with profiler.step(step):
-                position.state, metrics = train_step(position.state, batch, key)
-            losses.push(step, metrics["loss"])
-            if shown := progress.update(step, losses.last, rate):
-                recorder.scalars(step, {"train/loss": losses.last, "learning_rate": rate, **shown})
+                position.state, metrics = programs.train_step(position.state, inputs, key)
+            position.step = step
+            with clock.of(goodput.DEVICE):
+                position.losses.push(step, metrics["loss"])
+            progress.advance()
+            if step % steps.log_every == 0:
+                log_interval(run, position, session)
             results = None
-            if step % eval_every == 0 or step == total:
-                train_loss = losses.mean()
-                with clock.of(goodput.EVALUATE):
-                    params = position.state.eval_params
-                    results = evaluate(eval_step, params, run.eval_batches, run.mesh)
-                epoch = step / run.batches.steps_per_epoch
-                recorder.row(
-                    {
-                        "step": step,
-                        "epoch": epoch,
-                        "learning_rate": rate,
-                        "train_loss": train_loss,
-                        "eval_loss": results["loss"],
-                        "top1": results["top1"],
-                        "top5": results["top5"],
-                    }
-                )
-                progress.line(
-                    f"epoch {epoch:g}/{total / run.batches.steps_per_epoch:g}: train loss "
-                    f"{train_loss:.4f}, eval loss {results['loss']:.4f}, "
-                    f"top-1 {results['top1']:.2f}%, top-5 {results['top5']:.2f}%, lr {rate:.2e}"
-                )
-            ends = step < total and session.asked_to_end(step)
-            if step % save_every == 0 or step == total or ends:
-                with clock.of(goodput.SAVE):
-                    data, info = position.data(run), weights_info(run, results).to_json()
-                    recorder.flush()
-                    checkpoint.save(session.saved, position.state, data, info, results)
-            if results:
-                progress.line(clock.line())
-                recorder.scalars(step, {f"goodput/{k}": v for k, v in clock.shares().items()})
-                progress.restart(step)
-            if ends:
-                return step
-    return total
+            if step % steps.evaluate_every == 0 or step == steps.total:
+                results = evaluate_and_record(run, position, programs, session)
+            stopping = not position.evaluated or session.stop.reached()
+            if step % steps.save_every == 0 or step == steps.total or stopping:
+                save(run, position, results, session)
+            if stopping and step < steps.total:
+                return
 
 
-def world() -> str:
-    """Returns how many devices and processes there are, in words."""
-    return f"{jax.device_count()} devices in {jax.process_count()} processes"
+def log_interval(run: Run, position: Position, session: Session) -> None:
+    """Reads the losses since the last log line, and shows the interval."""
+    with session.clock.of(goodput.DEVICE):
+        position.losses.read()
+    rate = learning_rate(run, position.step)
+    shown = session.progress.show(position.step, position.losses.last, rate)
+    values = {"train/loss": position.losses.last, "learning_rate": rate}
+    values |= {"train/skipped_steps": position.losses.bad} | shown
+    session.recorder.scalars(position.step, values)
 
 
-def summary(run: Run, workdir: epath.Path, best_step: int | None) -> str:
+def evaluate_and_record(
+    run: Run, position: Position, programs: Programs, session: Session
+) -> dict[str, float] | None:
+    """Evaluates, and records a row; None and `position.evaluated` False when asked to stop."""
+    step, steps = position.step, run.steps
+    with session.clock.of(goodput.DEVICE):
+        position.losses.read()
+    try:
+        with session.clock.of(goodput.EVALUATE):
+            params = position.state.eval_params
+            results = evaluate(
+                programs.eval_step, params, run.eval_batches, run.mesh, session.stop.reached
+            )
+    except StoppedError:
+        position.evaluated = False
+        return None
+    rate, epoch = learning_rate(run, step), step / steps.per_epoch
+    row = {
+        "step": step,
+        "epoch": epoch,
+        "learning_rate": rate,
+        "train_loss": position.losses.mean(),
+        "eval_loss": results["loss"],
+        "top1": results["top1"],
+        "top5": results["top5"],
+    }
+    session.recorder.row(row)
+    position.rows = session.recorder.rows
+    top5 = f", top-5 {row['top5']:.2f}%" if run.recipe.num_classes > 5 else ""
+    logger.info(
+        "epoch %g/%g: train loss %.4f, eval loss %.4f, top-1 %.2f%%%s, lr %.2e",
+        *(epoch, steps.total / steps.per_epoch, row["train_loss"], row["eval_loss"]),
+        *(row["top1"], top5, rate),
+    )
+    shares = session.clock.shares()
+    session.recorder.scalars(step, {f"goodput/{part}": shares[part] for part in shares})
+    session.progress.restart(step)
+    return results
+
+
+def late_evaluation(run: Run, position: Position, programs: Programs, session: Session) -> None:
+    """Makes the evaluation that a stopped run owes, and adds it to the run's checkpoint."""
+    position.evaluated = True
+    if results := evaluate_and_record(run, position, programs, session):
+        info = run.weights_info(results).to_json()
+        checkpoint.amend(session.manager, position.step, position.data(run), info, results)
+
+
+def save(run: Run, position: Position, results: dict[str, float] | None, session: Session) -> None:
+    """Starts to save a checkpoint."""
+    with session.clock.of(goodput.SAVE):
+        keep_record(session.workdir, run.record)
+        info = run.weights_info(results).to_json()
+        session.recorder.flush()
+        checkpoint.save(session.manager, position.state, position.data(run), info, results)
+    session.progress.restart(position.step)
+
+
+def learning_rate(run: Run, step: int) -> float:
+    """Returns the learning rate that a step, counted from 1, was taken with."""
+    return float(run.schedule(step - 1, np))
+
+
+def summary(
+    run: Run, position: Position, manager: ocp.CheckpointManager, workdir: epath.Path
+) -> str:
     """Returns one line on a finished run."""
-    rows = {row["step"]: row for row in read_rows(workdir / "metrics.csv")}
-    parts = [f"{run.total_steps} steps"]
-    if run.total_steps in rows:
-        parts.append(f"top-1 {rows[run.total_steps]['top1']:.2f}%")
-    if best_step in rows:
-        parts.append(f"best {rows[best_step]['top1']:.2f}% at step {best_step}")
+    rows, best = {row["step"]: row for row in position.rows}, manager.best_step()
+    parts = [f"{run.steps.total} steps"]
+    if run.steps.total in rows:
+        parts.append(f"top-1 {rows[run.steps.total]['top1']:.2f}%")
+    if best in rows:
+        parts.append(f"best {rows[best]['top1']:.2f}% at step {best}")
     return f"{', '.join(parts)}; checkpoints, metrics.csv and curves.png are in {workdir}"

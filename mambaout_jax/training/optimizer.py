@@ -1,40 +1,52 @@
-"""AdamW as the reference uses it."""
+"""AdamW as the reference uses it, with layer-wise learning-rate decay for fine-tuning."""
 
 from typing import Any
 
 import jax
 import optax
-from ml_collections import ConfigDict
 
 from mambaout_jax.weights.finetune import layer_scales
 
 
 def decay_mask(params: Any) -> Any:
-    """Marks the parameters that decay: those of more than one axis, so no bias and no scale."""
+    """Marks the parameters with weight decay: those of more than one axis, so no bias or scale."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW with decoupled decay; clipping and layer decay where they are set."""
-    optimizer = config.optimizer
+def make_optimizer(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    layer_decay: float = 1.0,
+    clip_norm: float = 0.0,
+) -> optax.GradientTransformation:
+    """Returns AdamW with decoupled weight decay.
+
+    Args:
+        learning_rate: a number, or a function of the step.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: of the parameters that `decay_mask` marks.
+        layer_decay: factor on the learning rate from one layer to the layer below it; 1: none.
+        clip_norm: global norm that gradients are clipped to; 0: not clipped.
+    """
     adamw = optax.adamw(
-        schedule,
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        mask=decay_mask,
+        learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask
     )
     parts = [adamw]
-    if optimizer.clip_norm:
-        parts.insert(0, optax.clip_by_global_norm(optimizer.clip_norm))
-    if optimizer.layer_decay != 1:
-        parts.append(scale_by_layer(optimizer.layer_decay))
+    if clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(clip_norm))
+    if layer_decay != 1:
+        parts.append(scale_by_layer(layer_decay))
     return optax.chain(*parts)
 
 
 def scale_by_layer(decay: float) -> optax.GradientTransformation:
-    """Scales updates by decay ** (layers above the parameter's), as if by the learning rate."""
+    """Scales updates by decay ** (number of layers above the parameter's layer)."""
     return optax.stateless(
         lambda updates, params: jax.tree.map(
             lambda update, scale: update * scale, updates, layer_scales(params, decay)

@@ -1,49 +1,46 @@
 """The learning rate of the reference: timm's cosine with warmup, on timm's clock."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-import optax
-from ml_collections import ConfigDict
-
-from mambaout_jax.config import duration_steps
 
 
-def cosine_with_warmup(
-    time: jax.Array, *, peak: float, duration: float, warmup: float, start: float, end: float
-) -> jax.Array:
-    """Returns the learning rate at `time`, in the unit that `duration` and `warmup` have.
+@dataclasses.dataclass(frozen=True)
+class CosineSchedule:
+    """The learning rate as a function of the step: an `optax.Schedule`.
 
-    The warmup is not a prefix: the cosine's clock runs from 0, so that it is joined after
-    `warmup` at the point that it has reached by then. After `duration` the rate stays at `end`.
+    The warmup is not a prefix: the cosine starts at step 0, so that after the warmup the rate
+    continues where the cosine is by then. After `duration` the rate stays at `end`. Source: timm's
+    CosineLRScheduler, as the reference uses it.
+
+    Attributes:
+        peak: of the cosine.
+        start: the rate at the first step of the warmup.
+        end: the rate at the end of the cosine and after it.
+        duration: of the cosine in steps, warmup included.
+        warmup: in steps.
+        tick: steps between two changes of the rate: the steps of an epoch, or 1.
     """
-    time = jnp.asarray(time, jnp.float32)
-    rise = start + time * ((peak - start) / max(warmup, 1))
-    progress = jnp.minimum(time / duration, 1.0)
-    fall = end + 0.5 * (peak - end) * (1 + jnp.cos(jnp.pi * progress))
-    return jnp.where(time < warmup, rise, fall)
 
+    peak: float
+    start: float
+    end: float
+    duration: int
+    warmup: int
+    tick: int = 1
 
-def schedule_steps(config: ConfigDict, steps_per_epoch: int) -> tuple[int, int, int]:
-    """Returns the steps of the cosine, of its warmup, and of the whole run with its cooldown."""
-    unit = {"steps_per_epoch": steps_per_epoch, "batch_size": config.batch_size}
-    duration = duration_steps(config.schedule.duration, **unit)
-    warmup = duration_steps(config.schedule.warmup, **unit)
-    return duration, warmup, duration + duration_steps(config.schedule.cooldown, **unit)
+    def __call__(self, step: jax.Array | int, xp: Any = jnp) -> Any:
+        """Returns the rate of a step, counted from 0, as a float32 jax array.
 
-
-def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step."""
-    duration, warmup, _ = schedule_steps(config, steps_per_epoch)
-    tick = steps_per_epoch if config.schedule.per == "epoch" else 1
-
-    def schedule(step: jax.Array) -> jax.Array:
-        return cosine_with_warmup(
-            jnp.asarray(step) // tick,
-            peak=config.schedule.learning_rate,
-            duration=duration / tick,
-            warmup=warmup / tick,
-            start=config.schedule.warmup_learning_rate,
-            end=config.schedule.min_learning_rate,
-        )
-
-    return schedule
+        Args:
+            step: number of the step.
+            xp: the array library: `numpy` computes on the host, for logs.
+        """
+        time = xp.asarray(xp.asarray(step) // self.tick, xp.float32)
+        duration, warmup = self.duration / self.tick, self.warmup / self.tick
+        rise = self.start + time * ((self.peak - self.start) / max(warmup, 1))
+        progress = xp.minimum(time / duration, 1.0)
+        fall = self.end + 0.5 * (self.peak - self.end) * (1 + xp.cos(xp.pi * progress))
+        return xp.where(time < warmup, rise, fall)

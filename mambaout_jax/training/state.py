@@ -1,4 +1,4 @@
-"""The state of a training run, and how it begins."""
+"""The state of a training run, and its initialisation."""
 
 from typing import Any
 
@@ -13,8 +13,11 @@ from mambaout_jax.models.mambaout import MambaOut
 class TrainState(flax.struct.PyTreeNode):
     """All that a step changes.
 
-    `step` counts the steps done; `ema_params` is the average of the parameters, None where the
-    recipe has none.
+    Attributes:
+        step: the number of steps done.
+        params: of the network, float32.
+        opt_state: of the optimizer.
+        ema_params: exponential moving average of the parameters; None where the recipe has none.
     """
 
     step: jax.Array
@@ -28,9 +31,9 @@ class TrainState(flax.struct.PyTreeNode):
         return self.params if self.ema_params is None else self.ema_params
 
 
-def init_params(key: jax.Array, model: MambaOut, image_size: int) -> Any:
-    """Returns new parameters. Traceable: `jax.eval_shape` of it costs nothing."""
-    return model.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]
+def init_params(key: jax.Array, model: MambaOut, size: tuple[int, int]) -> Any:
+    """Returns new parameters for images of `size`, (height, width). Traceable."""
+    return model.init(key, jnp.zeros((1, *size, 3)))["params"]
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:

@@ -93,6 +93,8 @@ def update_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Updates the state by a prepared batch: "image" float32 [N, H, W, 3], "target" [N, classes].
 
+    A step whose loss or gradient is not finite counts, and changes nothing else.
+
     Returns:
         The state after the step, and the scalars "loss", NaN where the gradient is not finite,
         and "grad_norm" (before clipping).
@@ -103,17 +105,18 @@ def update_step(
         return optax.softmax_cross_entropy(logits, part["target"]).mean()
 
     loss, grads = mean_gradient(loss_fn, state.params, inputs, key, recipe.accumulate_steps)
+    grad_norm = optax.tree.norm(grads)
+    loss = jnp.where(jnp.isfinite(grad_norm), loss, jnp.nan)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if recipe.ema_decay:
         ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
-    state = TrainState(state.step + 1, params, opt_state, ema_params)
-    grad_norm = optax.tree.norm(grads)
-    return state, {
-        "loss": jnp.where(jnp.isfinite(grad_norm), loss, jnp.nan),
-        "grad_norm": grad_norm,
-    }
+    # optax.apply_if_finite would look at the updates alone and change the checkpoints' layout.
+    new, old = (params, opt_state, ema_params), (state.params, state.opt_state, state.ema_params)
+    finite = jnp.isfinite(loss)
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    return TrainState(state.step + 1, *kept), {"loss": loss, "grad_norm": grad_norm}
 
 
 def train_step(
@@ -150,7 +153,7 @@ def compile_train_step(
     recipe: Recipe,
     shardings: Any,
     mesh: Mesh,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+) -> Any:
     """Returns the jitted `train_step` over the mesh; it donates the state and nothing else."""
     replicated = NamedSharding(mesh, P())
     return jax.jit(

@@ -1,0 +1,64 @@
+"""The compiled programs of a run, made before its first step."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from mambaout_jax.inference.evaluate import EvalMetrics, compile_eval_step
+from mambaout_jax.runtime.sharding import BATCH
+from mambaout_jax.training.run import Run
+from mambaout_jax.training.state import TrainState
+from mambaout_jax.training.step import compile_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled steps."""
+
+    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[..., Any]
+
+
+def compile_programs(run: Run, target: TrainState) -> Programs:
+    """Compiles the training step, and the evaluation step in another thread meanwhile.
+
+    Args:
+        run: its model, optimizer, recipe and mesh.
+        target: shapes and shardings of the state.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    train_step = compile_train_step(run.model, run.optimizer, run.recipe, shardings, run.mesh)
+    eval_step = compile_eval_step(run.model, run.recipe, shardings.params, run.mesh)
+
+    def compile_evaluation() -> Callable[..., EvalMetrics]:
+        batch = abstract_batch(run.eval_batch_size, run.preprocessing.shape, run.mesh)
+        return eval_step.lower(target.eval_params, batch).compile()
+
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+    evaluation = pool.submit(compile_evaluation)
+    pool.shutdown(wait=False)
+    batch = abstract_batch(run.batch_size, run.preprocessing.shape, run.mesh)
+    del batch["mask"]
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    compiled = train_step.lower(target, batch, key).compile()
+    return Programs(compiled, lambda *arguments: evaluation.result()(*arguments))
+
+
+def abstract_batch(
+    batch_size: int, size: tuple[int, int], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and shardings of a global batch: "image", "label" and "mask"."""
+
+    def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
+
+    return {
+        "image": leaf((batch_size, *size, 3), np.uint8),
+        "label": leaf((batch_size,), np.int32),
+        "mask": leaf((batch_size,), np.bool_),
+    }
