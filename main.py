@@ -11,6 +11,7 @@ process of it was lost, and the same command resumes it; 130 a second Ctrl-C end
 import logging
 import sys
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from etils import epath
@@ -64,10 +65,13 @@ def main(argv: list[str]) -> None:
     with StopRequest() as stop:
         processes.join_processes()
         stop.join_service()
+        logger = logging.getLogger("mambaout_jax")
+        if jax.process_index():  # the first process logs for all
+            logger.setLevel(logging.WARNING)
         try:
             run(epath.Path(_WORKDIR.value), stop)
         except PreemptedError as interruption:
-            logging.getLogger("mambaout_jax").info("%s; the same command resumes it", interruption)
+            logger.warning("%s; the same command resumes it", interruption)
             processes.leave(RESUME)
         except StorageError as error:
             processes.leave(RESUME, error)

@@ -69,6 +69,7 @@ def train_tiny(directory: Path, workdir: Path, batch_size: int = 16) -> str:
         "batch_size": batch_size,
         "eval.batch_size": 4,
         "schedule.duration": "1 epochs",
+        "schedule.warmup": "",
         "schedule.cooldown": "",
         "log.every": "1 steps",
     }

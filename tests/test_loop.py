@@ -220,13 +220,14 @@ def test_mistakes_are_named_before_the_workdir_exists(keys, message, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_is_none_is_named_and_leaves_no_workdir(tmp_path):
+def test_files_that_are_no_images_are_named_and_leave_no_workdir(tmp_path):
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             (tmp_path / "pets" / split / name).mkdir(parents=True)
             for number in range(8):
                 (tmp_path / "pets" / split / name / f"{number}.jpg").write_bytes(jpeg(number))
-    (tmp_path / "pets/train/dog/3.jpg").write_text("this is no picture")
+    for number in (3, 5):
+        (tmp_path / f"pets/train/dog/{number}.jpg").write_text("this is no image")
     keys = {
         "data.source": "folder",
         "data.dir": str(tmp_path / "pets"),
@@ -234,7 +235,9 @@ def test_a_picture_that_is_none_is_named_and_leaves_no_workdir(tmp_path):
         "data.eval_split": "val",
         "data.num_classes": 2,
     }
-    with pytest.raises(UserError, match=r"dog/3\.jpg"):
+    with pytest.raises(
+        UserError, match=r"2 of 16 training images could not be decoded; the limit is 1"
+    ):
         small_run.train(small_config(**keys), epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
