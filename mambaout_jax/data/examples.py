@@ -155,12 +155,13 @@ class MakeEvaluationChunk:
         start += part * prefetch.CHUNK
         length = min(prefetch.CHUNK, self.local_batch - part * prefetch.CHUNK)
         image = np.zeros((length, *self._preprocessing.shape, 3), np.uint8)
-        label = np.zeros(length, np.int32)
+        label = np.zeros((length, *self._source.label_shape), np.int32)
         mask = np.arange(start, start + length) < len(self._source)
         for row in np.flatnonzero(mask):
             record = self._source[int(start + row)]
-            image[row] = preprocess.preprocess_image(
-                record["image"], self._preprocessing, record["name"]
-            )
             label[row] = record["label"]
+            if (label[row] >= 0).any():  # else the image has no right class and is not counted
+                image[row] = preprocess.preprocess_image(
+                    record["image"], self._preprocessing, record["name"]
+                )
         return {"image": image, "label": label, "mask": mask, "damages": []}

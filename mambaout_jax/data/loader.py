@@ -173,8 +173,8 @@ class TrainBatches(Iterator[Batch]):
 class EvalBatches:
     """The evaluation images, each exactly once over all processes; may be iterated again.
 
-    Each batch is {"image": uint8 [b, H, W, 3], "label": int32 [b], "mask": bool [b]}; False in
-    the mask marks padding. Every process has the same number of batches of the same shape.
+    Each batch is {"image": uint8 [b, H, W, 3], "label": int32 [b, *label_shape], "mask": bool [b]};
+    False in the mask marks padding. Every process has the same number of batches of the same shape.
 
     Attributes:
       name: of the dataset and split.
@@ -185,7 +185,7 @@ class EvalBatches:
 
     def __init__(
         self,
-        dataset: sources.Dataset,
+        dataset: sources.Dataset | sources.Source,
         preprocessing: preprocess.Preprocessing,
         *,
         batch_size: int,
@@ -196,7 +196,7 @@ class EvalBatches:
         """Opens the dataset.
 
         Args:
-          dataset: its `eval_split` is read.
+          dataset: its `eval_split` is read, or the source itself.
           preprocessing: of each image.
           batch_size: images in a global batch.
           loader: processes and threads.
@@ -207,7 +207,10 @@ class EvalBatches:
           UserError: the dataset cannot be opened, a batch does not divide over the processes, or
             shared memory is missing; while iterating, an image cannot be decoded.
         """
-        source = sources.open_source(dataset, dataset.eval_split)
+        if isinstance(dataset, sources.Dataset):
+            source = sources.open_source(dataset, dataset.eval_split)
+        else:
+            source = dataset
         self.num_examples = len(source)
         self.num_classes = source.num_classes
         self.class_names = source.class_names

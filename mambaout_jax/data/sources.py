@@ -33,7 +33,7 @@ class Dataset:
       directory: where the data is; for TFDS, "" stands for $TFDS_DATA_DIR.
       train_split: name of the training split.
       eval_split: name of the evaluation split.
-      num_classes: number of classes that the dataset must have.
+      num_classes: number of classes that the dataset must have; None: any number.
     """
 
     kind: str
@@ -41,14 +41,14 @@ class Dataset:
     directory: str
     train_split: str
     eval_split: str
-    num_classes: int
+    num_classes: int | None
 
 
 class Record(TypedDict):
     """One image as it is stored."""
 
     image: bytes  # the encoded file
-    label: int
+    label: int | np.ndarray  # the class, or int32 of the source's `label_shape`
     name: str  # of the file or record, for messages
 
 
@@ -58,10 +58,12 @@ class Source(abc.ABC):
     Attributes:
       name: of the dataset and split, without this machine's paths.
       class_names: the classes in the order of their labels.
+      label_shape: of each label; (K,) for lists of right classes, padded with -1.
     """
 
     name: str
     class_names: list[str]
+    label_shape: tuple[int, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -211,7 +213,7 @@ def open_source(dataset: Dataset, split: str) -> Source:
         raise ValueError(f"unknown kind of dataset: {dataset.kind!r}")
     if len(source) == 0:
         raise UserError(f"{source.name} has no images")
-    if source.num_classes != dataset.num_classes:
+    if dataset.num_classes not in (None, source.num_classes):
         raise UserError(
             f"{source.name} has {source.num_classes} classes, but the model has "
             f"{dataset.num_classes}: train with --config.data.num_classes={source.num_classes}, or "

@@ -1,83 +1,142 @@
-"""Evaluation: every picture of a split once, whatever the batch, the devices and the processes."""
+"""Evaluation: each image of a split exactly once, for any batch size and number of devices.
 
-import logging
-from collections.abc import Callable, Iterable
+One engine serves the evaluation between epochs, `--mode=eval` and the command `validate`.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from clu import metrics
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.runtime.compilation import compiler_options
-from mambaout_jax.runtime.sharding import (
-    BATCH,
-    global_batch,
-    over_mesh,
-)
-from mambaout_jax.training.step import Batch, Recipe
+from mambaout_jax.runtime.sharding import BATCH, global_batch, over_mesh
 
-logger = logging.getLogger(__name__)
+Sums = dict[str, float]
+TOP = 5  # With so few classes or fewer, this accuracy is always 100%, and is left out.
 
 
 class StoppedError(Exception):
-    """An evaluation that was stopped before its end."""
-
-
-@flax.struct.dataclass
-class EvalMetrics(metrics.Collection):
-    """Sums and counts of an evaluation, divided once at its end."""
-
-    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
-    top1: metrics.Average.from_output("top1")  # type: ignore[valid-type]
-    top5: metrics.Average.from_output("top5")  # type: ignore[valid-type]
+    """An evaluation was stopped before its end."""
 
 
 def eval_step(
     params: Any,
-    batch: Batch,
+    batch: dict[str, jax.Array],
     *,
     model: MambaOut,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-) -> EvalMetrics:
-    """Returns the sums of one batch: "image" uint8 [N, H, W, 3], "label" [N], "mask" bool [N]."""
+    classes: Sequence[int] | None = None,
+) -> dict[str, jax.Array]:
+    """Evaluates one batch.
+
+    Args:
+        params: parameters of the model.
+        batch: "image" uint8 [N, H, W, 3]; "mask" bool [N], False for padding; "label" int32, [N]
+            or, for images with several right classes, [N, K] padded with -1. An image without a
+            right class is not counted.
+        model: the network.
+        mean: of R, G and B in [0, 1].
+        std: of R, G and B in [0, 1].
+        classes: the only classes that may be predicted, the labels among them; None: all.
+
+    Returns:
+        Sums over the counted images: "loss" (float32; minus the log of the probability of all
+        right classes), and as int32 "top1", "top5" (with more than five classes) and "examples".
+    """
     images = normalize(batch["image"], mean, std)
     logits = jnp.asarray(model.apply({"params": params}, images))
-    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-    hits = best == batch["label"][:, None]
-    return EvalMetrics.single_from_model_output(
-        loss=optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]),
-        top1=hits[:, 0].astype(jnp.float32),
-        top5=hits.any(axis=1).astype(jnp.float32),
-        mask=batch["mask"],
-    )
+    choice = logits.shape[-1]
+    if classes is not None:
+        allowed = np.isin(np.arange(choice), classes)[None]
+        logits, choice = jnp.where(allowed, logits, -jnp.inf), len(classes)
+    labels = batch["label"].reshape(len(logits), -1)
+    valid = labels >= 0
+    counted = batch["mask"] & valid.any(axis=1)
+    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0), axis=1)
+    losses = -jax.nn.logsumexp(jnp.where(valid, log_probs, -jnp.inf), axis=1)
+    _, best = jax.lax.top_k(logits, TOP if choice > TOP else 1)
+    hits = (best[:, :, None] == labels[:, None, :]).any(axis=2) & counted[:, None]
+    sums = {
+        "loss": jnp.where(counted, losses, 0).sum(),
+        "top1": hits[:, 0].sum(dtype=jnp.int32),
+        "examples": counted.sum(dtype=jnp.int32),
+    }
+    if choice > TOP:
+        sums["top5"] = hits.any(axis=1).sum(dtype=jnp.int32)
+    return sums
 
 
-def compile_eval_step(model: MambaOut, recipe: Recipe, shardings: Any, mesh: Mesh) -> Any:
-    """Returns the jitted `eval_step` over the mesh; `shardings` are the parameters'."""
+def compile_eval_step(
+    model: MambaOut,
+    shardings: Any,
+    mesh: Mesh,
+    *,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    classes: Sequence[int] | None = None,
+) -> jax.stages.Wrapped:
+    """Returns the jitted `eval_step` over the mesh; `shardings` are those of the parameters."""
     return jax.jit(
-        over_mesh(eval_step, mesh, model=model, mean=recipe.mean, std=recipe.std),
+        over_mesh(eval_step, mesh, model=model, mean=mean, std=std, classes=classes),
         in_shardings=(shardings, NamedSharding(mesh, BATCH)),
         out_shardings=NamedSharding(mesh, P()),
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
 
 
+def accumulate(
+    eval_step: Callable[..., dict[str, jax.Array]],
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Sums:
+    """Returns the sums of `eval_step` over all batches.
+
+    The arguments and errors are those of `evaluate`. The host reads the sums of a step after it
+    has started the next one.
+    """
+    totals: dict[str, float] = collections.defaultdict(float)
+    running: collections.deque[dict[str, jax.Array]] = collections.deque()
+
+    def read() -> None:
+        for name, value in jax.device_get(running.popleft()).items():
+            totals[name] += value.item()
+
+    for batch in batches:
+        if stop_requested():
+            raise StoppedError
+        running.append(eval_step(params, global_batch(batch, mesh)))
+        if len(running) > 1:
+            read()
+    while running:
+        read()
+    return dict(totals)
+
+
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Returns "loss", "top1" and "top5" (in percent) and "examples" of sums over at least one."""
+    examples = int(sums["examples"])
+    percent = {key: 100 * sums[key] / examples for key in ("top1", "top5") if key in sums}
+    return {"loss": sums["loss"] / examples, **percent, "examples": examples}
+
+
 def evaluate(
-    eval_step: Callable[..., EvalMetrics],
+    eval_step: Callable[..., dict[str, jax.Array]],
     params: Any,
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Returns "loss", "top1" and "top5" (in percent) and "examples" of a whole split.
+    """Evaluates a whole split.
 
     Args:
         eval_step: compiled over `mesh`.
@@ -86,18 +145,19 @@ def evaluate(
         mesh: of the devices.
         stop_requested: called before each batch, the same number of times in every process.
 
+    Returns:
+        "loss", "top1" and "top5" (in percent) and "examples". With five classes or fewer there is
+        no "top5".
+
     Raises:
-        StoppedError: when a stop was requested.
+        StoppedError: a stop was requested.
     """
-    total = EvalMetrics.empty()
-    for batch in batches:
-        if stop_requested():
-            raise StoppedError
-        total = total.merge(eval_step(params, global_batch(batch, mesh)))
-    means = total.compute()
-    return {
-        "loss": float(means["loss"]),
-        "top1": 100 * float(means["top1"]),
-        "top5": 100 * float(means["top5"]),
-        "examples": int(total.loss.count),
-    }
+    return means(accumulate(eval_step, params, batches, mesh, stop_requested))
+
+
+def describe(results: Mapping[str, float], digits: int) -> str:
+    """Returns the accuracies in words, such as "top-1 82.74%, top-5 96.17%"."""
+    names = {"top1": "top-1", "top5": "top-5"}
+    return ", ".join(
+        f"{name} {results[key]:.{digits}f}%" for key, name in names.items() if key in results
+    )

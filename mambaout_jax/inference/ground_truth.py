@@ -1,26 +1,28 @@
-"""Which classes are right for a picture: its label, real labels, a subset of the classes."""
+"""The right classes of each image: its label, its reassessed labels, a subset of the classes."""
 
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambaout_jax.data.sources import Source
-from mambaout_jax.errors import UserError
+import numpy as np
+
+from mambaout_jax.data.sources import Record, Source
+from mambaout_jax.errors import UserError, first_line
 from mambaout_jax.labels import imagenet_wordnet_ids
 
 
 def read_subset(path: Path, num_classes: int) -> list[int]:
-    """Reads a subset of ImageNet-1k's or other classes: a number or a WordNet id a line.
+    """Reads a subset of the classes: one number or ImageNet-1k WordNet id per line.
 
     Raises:
-        UserError: when the file cannot be read or a line is no class.
+        UserError: the file cannot be read, or a line is not a class.
     """
     ids = {name: index for index, name in enumerate(imagenet_wordnet_ids())}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the subset of classes {path} cannot be read: {error}") from None
+        raise UserError(f"cannot read the class subset {path}: {first_line(error)}") from None
     classes: list[int] = []
     for number, line in enumerate(lines, 1):
         word = line.strip()
@@ -28,39 +30,40 @@ def read_subset(path: Path, num_classes: int) -> list[int]:
             continue
         index = int(word) if word.isdecimal() else ids.get(word, num_classes)
         if index >= num_classes or index in classes:
-            what = "stands there twice" if index in classes else "is no class"
+            problem = "is there twice" if index in classes else "is not a class"
             raise UserError(
-                f"{path}, line {number}: {word!r} {what}: expected numbers below {num_classes} or "
-                "WordNet ids such as n01440764, one a line"
+                f"{path}, line {number}: {word!r} {problem}; expected numbers below {num_classes} "
+                "or WordNet ids such as n01440764, one per line"
             )
         classes.append(index)
     if not classes:
-        raise UserError(f"the subset of classes {path} is empty")
+        raise UserError(f"the class subset {path} is empty")
     return classes
 
 
 def read_real_labels(path: Path) -> list[list[int]]:
-    """Reads real labels: for each validation picture, by its number, a list of right classes.
+    """Reads reassessed labels: a list of right classes for each ImageNet validation image.
 
     Source: Beyer et al., "Are we done with ImageNet?", real.json.
 
     Raises:
-        UserError: when the file is not of that form.
+        UserError: the file cannot be read or has another form.
     """
     try:
-        labels = json.loads(path.read_text())
-        if all(isinstance(i, int) for row in labels for i in row) and isinstance(labels, list):
+        labels = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(labels, list) and all(type(i) is int for row in labels for i in row):
             return labels
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"the real labels {path} cannot be read: {error}") from None
-    raise UserError(f"the real labels {path} are not a list of lists of class numbers")
+        raise UserError(f"cannot read the reassessed labels {path}: {first_line(error)}") from None
+    raise UserError(f"the reassessed labels {path} are not a list of lists of class numbers")
 
 
-class Truth:
-    """Tells which classes are right for a picture.
+class GroundTruthSource(Source):
+    """The images of a source, each with the list of its right classes as its label.
 
-    Pictures without a right answer, by the real labels or by the subset, are left out. The classes
-    of a data set that holds the subset's alone are the subset's, in its order.
+    The classes are those of the weights. A list is int32 [K], padded with -1; it is empty for an
+    image without reassessed labels, or with none in the subset. A dataset with as many classes as
+    the subset has the subset's classes, in the subset's order.
     """
 
     def __init__(
@@ -70,36 +73,74 @@ class Truth:
         subset: Sequence[int] | None = None,
         real: Sequence[Sequence[int]] | None = None,
     ):
-        """Checks that the data set's classes can be the network's.
+        """Matches the classes of the source with those of the weights.
+
+        Args:
+            source: the images with their labels.
+            num_classes: number of classes of the weights.
+            subset: the classes that count, see `read_subset`; None: all.
+            real: see `read_real_labels`; None: the labels of the source.
 
         Raises:
-            UserError: when they cannot.
+            UserError: the classes do not match.
         """
-        self._real = real
-        self._subset = None if subset is None else set(subset)
-        self._classes: Sequence[int] = range(num_classes)
+        self.name = source.name
+        self.class_names = source.class_names
+        self._source = source
+        self._allowed = np.isin(
+            np.arange(num_classes), range(num_classes) if subset is None else subset
+        )
+        classes: Sequence[int] = range(num_classes)
         if subset is not None and source.num_classes == len(subset):
-            self._classes = subset
-        if source.num_classes != len(self._classes):
-            theirs = f" or the subset's {len(subset)}" if subset is not None else ""
+            classes = subset
+        if source.num_classes != len(classes):
+            theirs = f" or the {len(subset)} of the subset" if subset is not None else ""
             raise UserError(
-                f"{source.name} has {source.num_classes} classes: expected the weights' "
-                f"{num_classes}{theirs}"
+                f"{source.name} has {source.num_classes} classes: expected the {num_classes} of "
+                f"the weights{theirs}"
             )
+        self._classes = np.array(classes, np.int32)
+        self._real = None if real is None else _padded(real, num_classes)
+        self.label_shape = (1,) if self._real is None else self._real.shape[1:]
 
-    def __call__(self, label: int, name: str) -> set[int]:
-        """Returns the right classes' numbers, none where the picture is to be left out.
+    def __len__(self) -> int:
+        return len(self._source)
 
-        Raises:
-            UserError: when real labels are asked for and the name does not tell which are its.
-        """
-        right = {self._classes[label]}
-        if self._real is not None:
-            match = re.search(r"ILSVRC2012_val_(\d{8})", name)
-            if not match or not 0 < int(match[1]) <= len(self._real):
-                raise UserError(
-                    f"{name} has no real labels: expected the name ILSVRC2012_val_00000001 to "
-                    f"_{len(self._real):08d} in it"
-                )
-            right = set(self._real[int(match[1]) - 1])
-        return right if self._subset is None else right & self._subset
+    def __getitem__(self, index: int) -> Record:
+        record = self._source[index]
+        if self._real is None:
+            right = self._classes[np.atleast_1d(record["label"])]
+        else:
+            right = self._real[_real_index(record["name"], len(self._real))]
+        right = np.where(self._allowed[right], right, -1)  # -1 stays so whatever the last class is
+        return {"image": record["image"], "label": right, "name": record["name"]}
+
+
+def _padded(real: Sequence[Sequence[int]], num_classes: int) -> np.ndarray:
+    """Returns int32 [images, K]: each list without repetitions, padded with -1."""
+    rows = [sorted(set(row)) for row in real]
+    for number, row in enumerate(rows, 1):
+        if row and not 0 <= row[0] <= row[-1] < num_classes:
+            raise UserError(
+                f"the reassessed labels of image {number} are {row}: expected classes of the "
+                f"weights, 0 to {num_classes - 1}"
+            )
+    padded = np.full((len(rows), max([1, *map(len, rows)])), -1, np.int32)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = row
+    return padded
+
+
+def _real_index(name: str, count: int) -> int:
+    """Returns the index of an ImageNet validation image, which is in its name.
+
+    Raises:
+        UserError: the name has no such number.
+    """
+    match = re.search(r"ILSVRC2012_val_(\d{8})", name)
+    if not match or not 0 < int(match[1]) <= count:
+        raise UserError(
+            f"{name} has no reassessed labels: expected ILSVRC2012_val_00000001 to _{count:08d} in "
+            "its name"
+        )
+    return int(match[1]) - 1

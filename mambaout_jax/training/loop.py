@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mambaout_jax.errors import PreemptedError
-from mambaout_jax.inference.evaluate import StoppedError, evaluate
+from mambaout_jax.inference.evaluate import StoppedError, describe, evaluate
 from mambaout_jax.models.flops import count_total
 from mambaout_jax.runtime import goodput
 from mambaout_jax.runtime.devices import peak_flops
@@ -233,15 +234,14 @@ def evaluate_and_record(
         "train_loss": position.losses.mean(),
         "eval_loss": results["loss"],
         "top1": results["top1"],
-        "top5": results["top5"],
+        "top5": results.get("top5", math.nan),
     }
     session.recorder.row(row)
     position.rows = session.recorder.rows
-    top5 = f", top-5 {row['top5']:.2f}%" if run.recipe.num_classes > 5 else ""
     logger.info(
-        "epoch %g/%g: train loss %.4f, eval loss %.4f, top-1 %.2f%%%s, lr %.2e",
+        "epoch %g/%g: train loss %.4f, eval loss %.4f, %s, lr %.2e",
         *(epoch, steps.total / steps.per_epoch, row["train_loss"], row["eval_loss"]),
-        *(row["top1"], top5, rate),
+        *(describe(results, digits=2), rate),
     )
     shares = session.clock.shares()
     session.recorder.scalars(step, {f"goodput/{part}": shares[part] for part in shares})

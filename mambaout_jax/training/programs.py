@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from mambaout_jax.inference.evaluate import EvalMetrics, compile_eval_step
+from mambaout_jax.inference.evaluate import compile_eval_step
 from mambaout_jax.runtime.sharding import BATCH
 from mambaout_jax.training.run import Run
 from mambaout_jax.training.state import TrainState
@@ -21,7 +21,7 @@ class Programs:
     """The compiled steps."""
 
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    eval_step: Callable[..., Any]
+    eval_step: Callable[..., dict[str, jax.Array]]
 
 
 def compile_programs(run: Run, target: TrainState) -> Programs:
@@ -33,9 +33,10 @@ def compile_programs(run: Run, target: TrainState) -> Programs:
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     train_step = compile_train_step(run.model, run.optimizer, run.recipe, shardings, run.mesh)
-    eval_step = compile_eval_step(run.model, run.recipe, shardings.params, run.mesh)
+    mean, std = run.recipe.mean, run.recipe.std
+    eval_step = compile_eval_step(run.model, shardings.params, run.mesh, mean=mean, std=std)
 
-    def compile_evaluation() -> Callable[..., EvalMetrics]:
+    def compile_evaluation() -> Callable[..., dict[str, jax.Array]]:
         batch = abstract_batch(run.eval_batch_size, run.preprocessing.shape, run.mesh)
         return eval_step.lower(target.eval_params, batch).compile()
 
