@@ -45,9 +45,10 @@ def get_config() -> ConfigDict:
     config.augment.random_erasing = 0.25  # probability, on the device, after normalisation
     config.augment.mixup = 0.8  # alpha of the Beta distribution; 0: none
     config.augment.cutmix = 1.0  # alpha of the Beta distribution; 0: none
-    config.augment.mixup_prob = 1.0  # probability that a batch is mixed at all
+    config.augment.mixup_prob = 1.0  # probability that a group is mixed at all
     config.augment.mixup_switch_prob = 0.5  # probability of CutMix where both are on
-    config.augment.mixup_off = ""  # duration after which batches are not mixed any more; "": never
+    config.augment.mixup_group = 128  # consecutive images that one draw mixes; 0: the whole batch
+    config.augment.mixup_off = ""  # duration after which nothing is mixed any more; "": never
     config.augment.max_bad_fraction = 0.001  # of training pictures that may fail to decode
 
     config.mesh = ConfigDict()

@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.augment.policy = ""
     config.augment.random_erasing = 0.0
     config.augment.mixup_prob = 0.8
+    config.augment.mixup_group = 0
 
     config.batch_size = 64
     config.eval.batch_size = 128

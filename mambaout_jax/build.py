@@ -225,6 +225,8 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         mixup_prob=augment.mixup_prob,
         mixup_switch_prob=augment.mixup_switch_prob,
         mixup_off_step=steps_of(config, "augment.mixup_off", steps_per_epoch),
+        mixup_group=augment.mixup_group,
+        repeats=augment.repeats,
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.optimizer.ema_decay,
     )

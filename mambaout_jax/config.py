@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mambaout_jax.errors import UserError, did_you_mean
+from mambaout_jax.training.mixing import check_group
 
 # Prefixes of the keys that a resumed run may change: where and how fast it runs, not what it
 # computes. skip_bad_batches is a key of older runs.
@@ -37,7 +38,7 @@ FREE_KEYS = (
     "skip_bad_batches",
 )
 # Keys that older runs do not have, and the value that they ran with.
-ADDED_KEYS: dict[str, Any] = {}
+ADDED_KEYS: dict[str, Any] = {"augment.mixup_group": 0}
 # Prefixes of the keys that may differ between the hosts of a run.
 HOST_KEYS = ("compilation_cache", "data.dir", "data.threads", "data.workers", "profile")
 
@@ -85,6 +86,7 @@ RANGES: dict[str, Range] = {
     "augment.cutmix": NOT_NEGATIVE,
     "augment.mixup_prob": PROBABILITY,
     "augment.mixup_switch_prob": PROBABILITY,
+    "augment.mixup_group": NOT_NEGATIVE,
     "augment.max_bad_fraction": PROBABILITY,
     "mesh.fsdp": COUNT,
     "batch_size": COUNT,
@@ -249,3 +251,4 @@ def check(config: ConfigDict) -> None:
             f"config.batch_size {config.batch_size} does not divide into "
             f"config.accumulate_steps {config.accumulate_steps} equal parts"
         )
+    check_group(config.augment.mixup_group, config.augment.repeats, config.batch_size)

@@ -1,41 +1,54 @@
 """Mixing, normalising and erasing against their formulas, in numpy."""
 
+import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import default
+from mambaout_jax import config as configuration
+from mambaout_jax.build import build_model, build_optimizer, build_recipe, build_schedule
 from mambaout_jax.data.preprocess import normalize
-from mambaout_jax.training.mixing import augment_batch, mixup_cutmix, random_erasing
+from mambaout_jax.errors import UserError
+from mambaout_jax.runtime.sharding import BATCH, make_mesh, state_shardings
+from mambaout_jax.training.erasing import random_erasing
+from mambaout_jax.training.mixing import Mixing, augment_batch, check_group, mixup_cutmix, partners
+from mambaout_jax.training.state import init_params, init_state
+from mambaout_jax.training.step import compile_train_step
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OPTIONS = {
-    "num_classes": 10,
-    "smoothing": 0.1,
-    "mixup_alpha": 0.8,
-    "cutmix_alpha": 1.0,
-    "prob": 1.0,
-    "switch_prob": 0.5,
-}
+MIXING = Mixing(
+    num_classes=10,
+    smoothing=0.1,
+    mixup_alpha=0.8,
+    cutmix_alpha=1.0,
+    prob=1.0,
+    switch_prob=0.5,
+    group=0,
+    repeats=1,
+)
 IMAGES = np.random.RandomState(0).randint(0, 256, (6, 20, 30, 3), np.uint8)
 LABELS = np.arange(6)
 KEYS = jax.random.split(jax.random.key(0), 400)
 
 
 def mix(keys=KEYS, images=IMAGES, enabled=True, **options):
-    """Mixed pictures and targets for each of many keys, as numpy."""
+    """Mixed images and targets for each of many keys, as numpy."""
+    mixing = dataclasses.replace(MIXING, **options)
 
     def one(key):
-        return mixup_cutmix(key, images, LABELS, enabled=enabled, **(OPTIONS | options))
+        return mixup_cutmix(key, jnp.asarray(images), LABELS, mixing, enabled=enabled)
 
     return [np.asarray(part) for part in jax.jit(jax.vmap(one))(keys)]
 
 
 def first_weights(targets):
-    """The weight of the first picture in its target; its partner is the last one."""
+    """The weight of the first image in its target; its partner is the last one."""
     return (targets[:, 0, 0] - 0.01) / 0.9
 
 
@@ -96,7 +109,7 @@ def test_switched_off_only_smooths_the_labels(off):
     np.testing.assert_allclose(mix(KEYS[:1], smoothing=0.0, **off)[1][0], np.eye(10)[LABELS])
 
 
-def test_float_pictures_are_mixed_without_rounding():
+def test_float_images_are_mixed_without_rounding():
     images = normalize(IMAGES, MEAN, STD)
     mixed, targets = mix(KEYS[:1], images=images, mixup_alpha=1.0, cutmix_alpha=0.0)
     lam = first_weights(targets)[0]
@@ -129,16 +142,237 @@ def test_no_probability_erases_nothing():
 
 
 def test_the_whole_does_not_depend_on_the_number_of_devices():
-    @jax.jit
-    def whole(key, images, labels):
-        options = OPTIONS | {"mixup_alpha": 1.0}
-        return augment_batch(key, images, labels, mean=MEAN, std=STD, erasing=0.5, **options)
-
-    images, labels = np.concatenate([IMAGES, IMAGES[:2]]), np.arange(8)
-    alone = whole(jax.random.key(3), images, labels)
-    mesh = jax.sharding.Mesh(jax.devices(), "data")
+    images, labels = np.concatenate([IMAGES] * 4)[:16], np.arange(16) % 10
+    mesh = make_mesh()
     assert mesh.size == 8
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    shared = whole(jax.random.key(3), *jax.device_put((images, labels), sharding))
-    for one, many in zip(alone, shared, strict=True):
-        np.testing.assert_allclose(one, many, atol=1e-6)
+    for group in (0, 2, 4, 8):
+        mixing = dataclasses.replace(MIXING, mixup_alpha=1.0, group=group)
+        whole = jax.jit(augmentation(mixing))
+        alone = whole(jax.random.key(3), images, labels)
+        sharding = jax.sharding.NamedSharding(mesh, BATCH)
+        shared = whole(jax.random.key(3), *jax.device_put((images, labels), sharding))
+        for one, many in zip(alone, shared, strict=True):
+            np.testing.assert_allclose(one, many, atol=1e-6)
+
+
+def augmentation(mixing):
+    return functools.partial(augment_batch, mixing=mixing, mean=MEAN, std=STD, erasing=0.5)
+
+
+def grouped(count, group, size=(4, 6), **options):
+    """A batch of random images, mixed in groups: (images, labels, mixed images, targets)."""
+    rng = np.random.RandomState(1)
+    images = rng.randint(0, 256, (count, *size, 3), np.uint8)
+    labels = rng.randint(0, 10, count)
+    mixing = dataclasses.replace(MIXING, group=group, **options)
+    mix = jax.jit(functools.partial(mixup_cutmix, mixing=mixing))
+    mixed, targets = mix(jax.random.key(5), images, labels)
+    return images, labels, np.asarray(mixed), np.asarray(targets)
+
+
+def test_each_group_has_its_own_draw_and_pairs_within_itself():
+    images, labels, mixed, targets = grouped(64 * 8, 8)
+    smoothed = np.eye(10)[labels] * 0.9 + 0.01
+    neighbours = np.arange(512) ^ 1
+    kinds, weights = [], []
+    for start in range(0, 512, 8):
+        own = np.arange(start, start + 8)
+        other = neighbours[own]
+        assert set(other) == set(own)
+        different = smoothed[own] - smoothed[other]
+        lam = ((targets[own] - smoothed[other]) * different).sum() / (different**2).sum()
+        expected = smoothed[own] * lam + smoothed[other] * (1 - lam)
+        np.testing.assert_allclose(targets[own], expected, atol=1e-5)
+        pasted = mixed[own] == images[other]
+        kept = mixed[own] == images[own]
+        if (pasted | kept).all():  # one box, the same for all
+            inside = (pasted & ~kept).any((0, 3))
+            assert kept[:, ~inside].all()
+            assert pasted[:, inside].all()
+            assert lam == pytest.approx(1 - inside.mean(), abs=1e-5)
+        else:
+            exact = images[own] * lam + images[other] * (1 - lam)
+            assert np.abs(mixed[own] - exact).max() < 0.51
+        kinds.append((pasted | kept).all())
+        weights.append(lam)
+    assert 16 < sum(kinds) < 48
+    assert len({round(float(lam), 4) for lam in np.array(weights)[~np.array(kinds)]}) > 16
+
+
+def test_a_groups_draw_depends_on_its_number_in_the_batch_alone():
+    key, images, labels = jax.random.key(9), np.zeros((32, 4, 6, 3), np.uint8), np.arange(32) % 10
+    images[1::2] = 255
+    mixing = dataclasses.replace(MIXING, group=8)
+    short = mixup_cutmix(key, images[:16], labels[:16], mixing)
+    long = mixup_cutmix(key, images, labels, mixing)
+    for few, many in zip(short, long, strict=True):
+        np.testing.assert_array_equal(few, many[:16])
+        assert not np.array_equal(many[:16], many[16:])
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4, 5])
+def test_copies_of_an_image_are_not_mixed_with_each_other(repeats):
+    images = np.arange(64 * repeats) // repeats
+    mixing = dataclasses.replace(MIXING, group=16, repeats=repeats)
+    others = np.asarray(partners(jnp.asarray(images), mixing))
+    assert (others != images).all()
+    places = np.asarray(partners(jnp.arange(64 * repeats), mixing))
+    np.testing.assert_array_equal(places[places], np.arange(64 * repeats))
+    np.testing.assert_array_equal(places // 16, np.arange(64 * repeats) // 16)
+
+
+def observed(images, targets):
+    """What was done to pairs of a black and a white image [N, 2, H, W, C] of classes 0 and 1.
+
+    Returns:
+        Whether each was cut, the first one's weight in its target, and the boxes' areas.
+    """
+    images, targets = np.asarray(images), np.asarray(targets)
+    first = images[:, 0].reshape(len(images), -1)
+    white, weight = (first == 255).mean(1), ((targets[:, 0, 0] - 0.01) / 0.9).round(5)
+    # Mixup with a weight near 0 or 1 leaves black or white too, but not of the weight's area.
+    cut = ((first == 0) | (first == 255)).all(1) & (np.abs(1 - white - weight) < 1e-5)
+    cut &= weight < 1 - 1e-5
+    return cut, weight, white[cut]
+
+
+def distance(one, two):
+    """The Kolmogorov-Smirnov distance of two samples, in units of its standard deviation."""
+    points = np.sort(np.concatenate([one, two]))
+    gap = np.searchsorted(np.sort(one), points, "right") / len(one)
+    gap -= np.searchsorted(np.sort(two), points, "right") / len(two)
+    return np.abs(gap).max() * math.sqrt(len(one) * len(two) / (len(one) + len(two)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prob": 0.7, "switch_prob": 0.2}, {"mixup_alpha": 0.0}, {"cutmix_alpha": 0.0}],
+    ids=["both", "odds", "cutmix", "mixup"],
+)
+def test_groups_are_mixed_as_timm_mixes_its_loaders_batches(options):
+    mixup = pytest.importorskip("timm.data.mixup")
+    count, size = 4000, (16, 24)
+    pair = np.stack([np.zeros((3, *size), np.uint8), np.full((3, *size), 255, np.uint8)])
+    mixing = dataclasses.replace(MIXING, group=2, **options)
+    reference = mixup.FastCollateMixup(
+        mixup_alpha=mixing.mixup_alpha,
+        cutmix_alpha=mixing.cutmix_alpha,
+        prob=mixing.prob,
+        switch_prob=mixing.switch_prob,
+        label_smoothing=mixing.smoothing,
+        num_classes=mixing.num_classes,
+        mode="batch",
+    )
+    np.random.seed(0)  # noqa: NPY002 (timm draws from it)
+    batches = [reference([(pair[0], 0), (pair[1], 1)]) for _ in range(count)]
+    theirs = observed(
+        np.stack([images.numpy().transpose(0, 2, 3, 1) for images, _ in batches]),
+        np.stack([targets.numpy() for _, targets in batches]),
+    )
+    batch = np.tile(pair.transpose(0, 2, 3, 1), (count, 1, 1, 1))
+    images, targets = mixup_cutmix(jax.random.key(2), batch, np.arange(2 * count) % 2, mixing)
+    ours = observed(images.reshape(count, 2, *size, 3), targets.reshape(count, 2, 10))
+    odds = theirs[0].mean()
+    deviation = math.sqrt(2 * odds * (1 - odds) / count)
+    assert ours[0].mean() == pytest.approx(odds, abs=3.5 * deviation + 1e-9)
+    assert distance(ours[1], theirs[1]) < 1.95  # exceeded by chance once in a thousand
+    for kind in (True, False):
+        weights = [part[1][part[0] == kind] for part in (ours, theirs)]
+        if min(map(len, weights)) > 100:
+            assert distance(*weights) < 1.95
+    if mixing.cutmix_alpha:
+        assert distance(ours[2], theirs[2]) < 1.95
+    # The second image is the first one's mirror: what the one has, the other lacks.
+    np.testing.assert_allclose(targets[::2, :2], targets[1::2, 1::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("group", "repeats", "batch", "message"),
+    [
+        (128, 1, 192, "batch_size 192 does not divide into groups .* such as 128"),
+        (96, 1, 4096, "batch_size 4096 does not divide into groups"),
+        (3, 1, 96, "mixup_group is 3: expected a multiple of 2, or 0"),
+        (4, 3, 96, "mixup_group is 4: expected a multiple of 8 with config.augment.repeats 3"),
+        (-2, 1, 96, "mixup_group is -2"),
+    ],
+)
+def test_a_batch_that_the_group_does_not_divide_is_refused(group, repeats, batch, message):
+    with pytest.raises(UserError, match=message):
+        check_group(group, repeats, batch)
+    config = default.get_config()
+    config.batch_size, config.augment.repeats, config.augment.mixup_group = batch, repeats, group
+    with pytest.raises(UserError, match=message):
+        configuration.check(config)
+
+
+@pytest.mark.parametrize("batch", [4096, 128, 64, 25])
+def test_the_default_takes_groups_of_128_and_smaller_batches(batch):
+    config = default.get_config()
+    config.batch_size = batch
+    configuration.check(config)
+    assert build_recipe(config, steps_per_epoch=10).mixup_group == 128
+
+
+def test_a_batch_smaller_than_the_group_is_one_group():
+    whole, group = (
+        mixup_cutmix(KEYS[0], IMAGES, LABELS, dataclasses.replace(MIXING, group=size))
+        for size in (0, 128)
+    )
+    for one, other in zip(whole, group, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def exchanged(compiled):
+    """The collectives of a compiled program, with the elements of their largest array."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf" = (.*?) ({kinds})(?:-start)?\((.*)", compiled.as_text())
+    sizes = [
+        (kind, math.prod(map(int, shape.split(","))))
+        for result, kind, operands in found
+        for shape in re.findall(r"\w\[([\d,]+)\]", result + operands)
+    ]
+    return {kind: max(size for other, size in sizes if other == kind) for kind, _ in sizes}
+
+
+@pytest.mark.parametrize(
+    ("share", "group", "repeats"), [(16, 8, 1), (8, 8, 1), (8, 32, 1), (2, 16, 1), (8, 16, 3)]
+)
+def test_no_image_is_sent_between_devices(share, group, repeats):
+    mesh = make_mesh()
+    assert mesh.size == 8
+    images = jax.ShapeDtypeStruct((8 * share, 16, 16, 3), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((8 * share,), jnp.int32)
+    batch = jax.sharding.NamedSharding(mesh, BATCH)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def collectives(group):
+        mixing = dataclasses.replace(MIXING, group=group, repeats=repeats)
+        whole = jax.jit(
+            augmentation(mixing), in_shardings=(replicated, batch, batch), out_shardings=batch
+        )
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return exchanged(whole.lower(key, images, labels).compile())
+
+    assert max(collectives(0).values()) >= 16 * 16 * 3, "the whole batch, reversed, is sent"
+    assert collectives(group) == {}
+
+
+def test_the_compiled_step_sends_gradients_alone():
+    mesh, config = make_mesh(), default.get_config()
+    config.model.name, config.data.image_size, config.batch_size = "test_mambaout", 32, 512
+    config.model.dtype, config.model.drop_path_rate = "float32", 0.0
+    model, optimizer = build_model(config), build_optimizer(config, build_schedule(config, 10))
+    state = jax.eval_shape(
+        lambda key: init_state(init_params(key, model, (32, 32)), optimizer, ema=False),
+        jax.random.key(0),
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct((512, 32, 32, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((512,), jnp.int32),
+    }
+    recipe, key = build_recipe(config, steps_per_epoch=10), jax.eval_shape(jax.random.key, 0)
+    assert (512 // mesh.size, recipe.mixup_group) == (64, 128)
+    step = compile_train_step(model, optimizer, recipe, state_shardings(state, mesh), mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        sent = exchanged(step.lower(state, batch, key).compile())
+    assert set(sent) == {"all-reduce"}

@@ -1,122 +1,194 @@
-"""The part of the augmentation that runs inside the jitted step: mixing, normalising, erasing.
+"""Mixup and CutMix, and the part of the augmentation that runs inside the jitted step.
 
-The order is the reference's: whole batches are mixed as uint8, then normalised, then erased;
-`augment_batch` does all three. Every draw is a function of the key and of the place in the batch,
-so that results do not depend on how many devices share it.
+The order is the reference's: groups of images are mixed as uint8, then normalised, then erased;
+`augment_batch` does all three. Every draw is a function of the key and of the position in the
+global batch, so that results do not depend on how many devices share it.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mambaout_jax.data.preprocess import normalize
-
-_ERASE_AREA = (0.02, 1 / 3)  # of the picture
-_ERASE_ASPECT = (0.3, 1 / 0.3)  # height to width
-_ERASE_TRIES = 10
+from mambaout_jax.errors import UserError
+from mambaout_jax.training.erasing import random_erasing
 
 
-def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Fills one box of some pictures with N(0, 1) noise, each pixel and channel its own.
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """How a batch is mixed.
 
-    The box has 2% to a third of the area and an aspect log-uniform in (0.3, 1/0.3); ten are drawn,
-    and the first that is smaller than the picture on both sides is taken. Source: Zhong et al.,
-    "Random Erasing Data Augmentation", as timm's mode "pixel" does it.
-
-    Args:
-      key: where every draw comes from.
-      images: [N, H, W, C], normalised.
-      probability: that a picture is erased.
-
-    Returns:
-      [N, H, W, C], the dtype of `images`.
+    Attributes:
+      num_classes: length of a target.
+      smoothing: of the labels; spread evenly over all classes.
+      mixup_alpha: of mixup's Beta(alpha, alpha); 0: no mixup.
+      cutmix_alpha: of CutMix's Beta(alpha, alpha); 0: no CutMix.
+      prob: that a group is mixed at all.
+      switch_prob: that it is CutMix where both are on.
+      group: images that share one draw; it divides the batch. 0, or more than the batch has: the
+        whole batch.
+      repeats: copies of an image that stand in a row in the batch.
     """
-    if probability == 0:
-        return images
-    keys = jax.random.split(key, images.shape[0])
-    return jax.vmap(_erase, in_axes=(0, 0, None))(keys, images, probability)
+
+    num_classes: int
+    smoothing: float
+    mixup_alpha: float
+    cutmix_alpha: float
+    prob: float
+    switch_prob: float
+    group: int
+    repeats: int
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is mixed."""
+        return self.prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+    def groups(self, count: int) -> int:
+        """Returns the number of groups in `count` images; 0: they are not divided."""
+        return count // self.group if self.group else 0
 
 
-def _erase(key: jax.Array, image: jax.Array, probability: float) -> jax.Array:
-    """Erases one picture [H, W, C] with the given probability."""
-    height, width, _ = image.shape
-    key_apply, key_area, key_aspect, key_place, key_noise = jax.random.split(key, 5)
-    low, high = _ERASE_AREA
-    area = jax.random.uniform(key_area, (_ERASE_TRIES,), minval=low, maxval=high) * height * width
-    log_low, log_high = jnp.log(jnp.asarray(_ERASE_ASPECT))
-    log_aspect = jax.random.uniform(key_aspect, (_ERASE_TRIES,), minval=log_low, maxval=log_high)
-    heights = jnp.round(jnp.sqrt(area * jnp.exp(log_aspect))).astype(jnp.int32)
-    widths = jnp.round(jnp.sqrt(area / jnp.exp(log_aspect))).astype(jnp.int32)
-    fits = (heights < height) & (widths < width)
-    first = jnp.argmax(fits)
-    box_h, box_w = heights[first], widths[first]
-    free = jnp.stack([height - box_h, width - box_w])
-    top, left = jax.random.randint(key_place, (2,), 0, jnp.maximum(free, 0) + 1)
-    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
-    inside = (rows >= top) & (rows < top + box_h) & (columns >= left) & (columns < left + box_w)
-    apply = jnp.any(fits) & (jax.random.uniform(key_apply) < probability)
-    noise = jax.random.normal(key_noise, image.shape, image.dtype)
-    return jnp.where((apply & inside)[:, :, None], noise, image)
+class Draw(NamedTuple):
+    """What mixup or CutMix does to a group, or, with a leading axis, to each of many images.
+
+    `lam` is the image's weight and 1 - lam its partner's. The box, of CutMix, is the rows and
+    columns from `low` up to but without `high`.
+    """
+
+    apply: jax.Array
+    cutmix: jax.Array
+    lam: jax.Array
+    low: jax.Array
+    high: jax.Array
 
 
 def mixup_cutmix(
     key: jax.Array,
     images: jax.Array,
     labels: jax.Array,
+    mixing: Mixing,
     *,
-    num_classes: int,
-    smoothing: float,
-    mixup_alpha: float,
-    cutmix_alpha: float,
-    prob: float,
-    switch_prob: float,
     enabled: jax.Array | bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each picture of a batch with its partner in the reversed batch.
+    """Mixes each image of a batch with a partner of its group.
 
-    One draw serves the whole batch: whether it is mixed, by mixup or by CutMix, and how much.
-    CutMix's weight is the area of its box after the picture's border has clipped it. uint8
-    pictures are rounded to uint8 again. Source: timm's batch mode.
+    A group is `mixing.group` consecutive images. Each draws whether it is mixed, by mixup or by
+    CutMix, the weight and the box, from the key and its number in the batch alone. CutMix's weight
+    is the area of its box after the image's border has clipped it. uint8 images are rounded to
+    uint8 again. `partners` says who mixes with whom.
+
+    The reference, timm's batch mode, makes one draw for each batch of a process's loader: groups
+    of 128 in the paper's recipe.
 
     Args:
-      key: where every draw comes from.
+      key: source of every draw.
       images: [N, H, W, C].
       labels: integers [N].
-      num_classes: length of a target.
-      smoothing: of the labels; spread evenly over all classes.
-      mixup_alpha: of mixup's Beta(alpha, alpha); 0: no mixup.
-      cutmix_alpha: of CutMix's Beta(alpha, alpha); 0: no CutMix.
-      prob: that the batch is mixed at all.
-      switch_prob: that it is CutMix where both are on.
-      enabled: False leaves pictures as they are and smooths the labels alone.
+      mixing: how.
+      enabled: False leaves images as they are and smooths the labels alone.
 
     Returns:
-      Pictures of the shape and dtype given, and targets float32 [N, num_classes].
+      Images of the shape and dtype given, and targets float32 [N, num_classes].
     """
-    targets = jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
-    if prob == 0 or (mixup_alpha == 0 and cutmix_alpha == 0):
+    count, height, width, _ = images.shape
+    targets = jax.nn.one_hot(labels, mixing.num_classes) * (1 - mixing.smoothing)
+    targets += mixing.smoothing / mixing.num_classes
+    if not mixing.on:
         return images, targets
-    key_apply, key_switch, key_mixup, key_cutmix, key_box = jax.random.split(key, 5)
-    apply = jax.random.uniform(key_apply) < prob
-    use_cutmix = jax.random.uniform(key_switch) < switch_prob
-    use_cutmix = (use_cutmix | (mixup_alpha == 0)) & (cutmix_alpha > 0)
-    mixup_lam, cutmix_lam = jnp.float32(1), jnp.float32(1)
-    if mixup_alpha > 0:
-        mixup_lam = _symmetric_beta(key_mixup, mixup_alpha)
-    if cutmix_alpha > 0:
-        cutmix_lam = _symmetric_beta(key_cutmix, cutmix_alpha)
-    inside, box_lam = _cutmix_box(key_box, cutmix_lam, images.shape[1], images.shape[2])
-    apply &= jnp.asarray(enabled)
-    lam = jnp.where(apply, jnp.where(use_cutmix, box_lam, mixup_lam), 1.0)
+    keys, groups = key[None], mixing.groups(count)
+    if groups:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(groups))
+    draws = jax.vmap(functools.partial(draw_mixing, mixing=mixing, size=(height, width)))(keys)
+    # Every device makes all draws: no image's draw lies on another device.
+    draw = jax.tree.map(lambda leaf: jnp.repeat(leaf, count // len(keys), axis=0), draws)
+    apply = draw.apply & jnp.asarray(enabled)
+    lam = jnp.where(apply, draw.lam, 1.0)
 
-    partners = images[::-1]
-    blend = images.astype(jnp.float32) * lam + partners.astype(jnp.float32) * (1 - lam)
+    others, weight = partners(images, mixing), lam[:, None, None, None]
+    blend = images.astype(jnp.float32) * weight + others.astype(jnp.float32) * (1 - weight)
     if jnp.issubdtype(images.dtype, jnp.integer):
         blend = jnp.round(blend)
-    cut = jnp.where(inside[None, :, :, None], partners, images)
-    mixed = jnp.where(use_cutmix, cut, blend.astype(images.dtype))
-    return jnp.where(apply, mixed, images), targets * lam + targets[::-1] * (1 - lam)
+    cut = jnp.where(_inside(draw.low, draw.high, height, width), others, images)
+    mixed = jnp.where(draw.cutmix[:, None, None, None], cut, blend.astype(images.dtype))
+    images = jnp.where(apply[:, None, None, None], mixed, images)
+    return images, targets * lam[:, None] + partners(targets, mixing) * (1 - lam[:, None])
+
+
+def partners(array: jax.Array, mixing: Mixing) -> jax.Array:
+    """Returns each example's partner, in the example's place.
+
+    In groups, neighbours are partners: the first and the second, the third and the fourth. With
+    repeated augmentation, where neighbours are copies of one image, those are partners that stand
+    the next power of two from `repeats` on apart. A batch is in random order, so that these pairs
+    are distributed as those of the reference, which reverses a group. Unlike those, they lie on
+    one device wherever a device's share holds whole pairs, even if it holds part of a group: no
+    image is sent between devices.
+
+    A batch that is not divided is reversed, and its images are sent.
+
+    Args:
+      array: [N, ...].
+      mixing: `group` and `repeats` are used.
+
+    Returns:
+      The shape and dtype of `array`.
+    """
+    if not mixing.groups(len(array)):
+        return array[::-1]
+    apart = pair_block(mixing.repeats) // 2
+    return array.reshape(-1, 2, apart, *array.shape[1:])[:, ::-1].reshape(array.shape)
+
+
+def pair_block(repeats: int) -> int:
+    """Returns how many consecutive images the pairs of a group are made within: 2 without repeats.
+
+    A group is a multiple of it.
+    """
+    return 2 << (repeats - 1).bit_length()
+
+
+def check_group(group: int, repeats: int, batch_size: int) -> None:
+    """Checks that a batch divides into groups, and a group into pairs.
+
+    A batch smaller than the group is one group, as it is in the reference.
+
+    Raises:
+      UserError: when it does not.
+    """
+    block = pair_block(repeats)
+    if group < 0 or group % block:
+        copies = f" with config.augment.repeats {repeats}" if repeats > 1 else ""
+        raise UserError(
+            f"config.augment.mixup_group is {group}: expected a multiple of {block}{copies}, or 0 "
+            "for the whole batch"
+        )
+    if group and batch_size > group and batch_size % group:
+        raise UserError(
+            f"config.batch_size {batch_size} does not divide into groups of "
+            f"config.augment.mixup_group {group}: choose a multiple of {group}, such as "
+            f"{batch_size // group * group}, or --config.augment.mixup_group=0 for one group"
+        )
+
+
+def draw_mixing(key: jax.Array, *, mixing: Mixing, size: tuple[int, int]) -> Draw:
+    """Draws what is done to one group of images of (height, width)."""
+    key_apply, key_switch, key_mixup, key_cutmix, key_box = jax.random.split(key, 5)
+    apply = jax.random.uniform(key_apply) < mixing.prob
+    cutmix = jax.random.uniform(key_switch) < mixing.switch_prob
+    cutmix = (cutmix | (mixing.mixup_alpha == 0)) & (mixing.cutmix_alpha > 0)
+    mixup_lam, cutmix_lam = jnp.float32(1), jnp.float32(1)
+    if mixing.mixup_alpha > 0:
+        mixup_lam = _symmetric_beta(key_mixup, mixing.mixup_alpha)
+    if mixing.cutmix_alpha > 0:
+        cutmix_lam = _symmetric_beta(key_cutmix, mixing.cutmix_alpha)
+    low, high = _cutmix_box(key_box, cutmix_lam, size)
+    box_lam = 1 - jnp.prod((high - low).astype(jnp.float32)) / (size[0] * size[1])
+    return Draw(apply, cutmix, jnp.where(cutmix, box_lam, mixup_lam), low, high)
 
 
 def _symmetric_beta(key: jax.Array, alpha: float) -> jax.Array:
@@ -127,51 +199,43 @@ def _symmetric_beta(key: jax.Array, alpha: float) -> jax.Array:
 
 
 def _cutmix_box(
-    key: jax.Array, lam: jax.Array, height: int, width: int
+    key: jax.Array, lam: jax.Array, size: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the mask [H, W] of CutMix's box and the weight that is left to the picture."""
-    part = jnp.sqrt(1 - lam)
-    sides = jnp.array([height, width])
-    cut = (sides * part).astype(jnp.int32)
+    """Returns the corners (row, column) of a box of 1 - lam of the area, clipped by the border."""
+    sides = jnp.array(size)
+    cut = (sides * jnp.sqrt(1 - lam)).astype(jnp.int32)
     middle = jax.random.randint(key, (2,), 0, sides)
-    low = jnp.clip(middle - cut // 2, 0, sides)
-    high = jnp.clip(middle + (cut + 1) // 2, 0, sides)
-    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
-    inside = (rows >= low[0]) & (rows < high[0]) & (columns >= low[1]) & (columns < high[1])
-    area = jnp.prod((high - low).astype(jnp.float32))
-    return inside, 1 - area / (height * width)
+    return jnp.clip(middle - cut // 2, 0, sides), jnp.clip(middle + (cut + 1) // 2, 0, sides)
+
+
+def _inside(low: jax.Array, high: jax.Array, height: int, width: int) -> jax.Array:
+    """Returns the masks [N, H, W, 1] of boxes with the corners [N, 2]."""
+    rows, columns = jnp.arange(height)[None], jnp.arange(width)[None]
+    in_rows = (rows >= low[:, :1]) & (rows < high[:, :1])
+    in_columns = (columns >= low[:, 1:]) & (columns < high[:, 1:])
+    return (in_rows[:, :, None] & in_columns[:, None, :])[..., None]
 
 
 def augment_batch(
     key: jax.Array,
     images: jax.Array,
     labels: jax.Array,
+    mixing: Mixing,
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    num_classes: int,
-    smoothing: float,
-    mixup_alpha: float,
-    cutmix_alpha: float,
-    prob: float,
-    switch_prob: float,
     erasing: float,
     enabled: jax.Array | bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Mixes, normalises and erases a global batch, in the reference's order.
 
     Args:
-      key: where every draw comes from; fold the step in beforehand.
+      key: source of every draw; fold the step in beforehand.
       images: uint8 [N, H, W, 3].
       labels: integers [N].
+      mixing: as in `mixup_cutmix`.
       mean: as in `normalize`.
       std: as in `normalize`.
-      num_classes: as in `mixup_cutmix`, with the five that follow.
-      smoothing: see there.
-      mixup_alpha: see there.
-      cutmix_alpha: see there.
-      prob: see there.
-      switch_prob: see there.
       erasing: probability of random erasing.
       enabled: False switches the mixing off, and nothing else.
 
@@ -179,16 +243,5 @@ def augment_batch(
       float32 [N, H, W, 3] and targets float32 [N, num_classes].
     """
     key_mix, key_erase = jax.random.split(key)
-    images, targets = mixup_cutmix(
-        key_mix,
-        images,
-        labels,
-        num_classes=num_classes,
-        smoothing=smoothing,
-        mixup_alpha=mixup_alpha,
-        cutmix_alpha=cutmix_alpha,
-        prob=prob,
-        switch_prob=switch_prob,
-        enabled=enabled,
-    )
+    images, targets = mixup_cutmix(key_mix, images, labels, mixing, enabled=enabled)
     return random_erasing(key_erase, normalize(images, mean, std), erasing), targets

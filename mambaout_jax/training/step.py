@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.runtime.compilation import compiler_options
 from mambaout_jax.runtime.sharding import BATCH, over_mesh
-from mambaout_jax.training.mixing import augment_batch
+from mambaout_jax.training.mixing import Mixing, augment_batch
 from mambaout_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -33,24 +33,31 @@ class Recipe:
     mixup_prob: float = 1.0
     mixup_switch_prob: float = 0.5
     mixup_off_step: int = 0  # the first step without mixing; 0: never
+    mixup_group: int = 0  # images that are mixed by one draw; 0: the whole batch
+    repeats: int = 1  # copies of an image in a row
     accumulate_steps: int = 1
     ema_decay: float = 0.0
 
 
 def augment(key: jax.Array, step: jax.Array, batch: Batch, recipe: Recipe) -> Batch:
     """Turns uint8 images and labels into mixed float32 images and targets [N, classes]."""
-    images, targets = augment_batch(
-        key,
-        batch["image"],
-        batch["label"],
-        mean=recipe.mean,
-        std=recipe.std,
+    mixing = Mixing(
         num_classes=recipe.num_classes,
         smoothing=recipe.label_smoothing,
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,
         prob=recipe.mixup_prob,
         switch_prob=recipe.mixup_switch_prob,
+        group=recipe.mixup_group,
+        repeats=recipe.repeats,
+    )
+    images, targets = augment_batch(
+        key,
+        batch["image"],
+        batch["label"],
+        mixing,
+        mean=recipe.mean,
+        std=recipe.std,
         erasing=recipe.random_erasing,
         enabled=step < recipe.mixup_off_step if recipe.mixup_off_step else True,
     )
