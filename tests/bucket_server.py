@@ -56,6 +56,9 @@ class BucketServer(ThreadingHTTPServer):
         self.faults = Faults()
         self.random = random.Random(0)
         self.requests: list[tuple[str, str, int]] = []
+        # Answers to uploads in parts that are complete: Cloud Storage gives them again when asked
+        # again, the emulator does not.
+        self.uploaded: dict[str, tuple[int, dict[str, str], bytes]] = {}
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Says nothing: gcsfs hangs up on what it no longer needs, killed processes on all."""
@@ -94,7 +97,9 @@ class Handler(BaseHTTPRequestHandler):
         if faults.status or (lost and self.server.random.random() < 0.5):
             self.answer(faults.status or 503, {}, error_body(faults.status or 503))
             return
-        status, headers, content = self.forward(body)
+        status, headers, content = self.server.uploaded.get(self.path) or self.forward(body)
+        if "upload_id=" in self.path and status == 200:
+            self.server.uploaded[self.path] = status, headers, content
         if lost:
             status, headers, content = 503, {}, error_body(503)
         self.answer(status, headers, content)
