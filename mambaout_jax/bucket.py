@@ -13,11 +13,25 @@ from typing import Any
 
 from etils import epath
 
-from mambaout_jax.errors import UserError, first_line
+from mambaout_jax.errors import AccessError, StorageError, UserError, first_line
 
 SCHEME = "gs://"
 LOG_IN = (
     "log in with `gcloud auth application-default login`, or give this machine a service account"
+)
+# Classes of errors for a server that cannot be reached, and the packages that have them.
+_UNREACHABLE = (
+    "ClientConnectionError",
+    "ConnectionError",
+    "RetryError",
+    "Timeout",
+    "TransportError",
+)
+_CLIENTS = (
+    "aiohttp.client_exceptions",
+    "google.api_core.exceptions",
+    "google.auth.exceptions",
+    "requests.exceptions",
 )
 GRANT = "grant it roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
 
@@ -84,7 +98,7 @@ def open_bucket(path: epath.PathLike) -> Any:
             f"cannot use {path}: {error.name} is not installed: pip install 'mambaout_jax[gcs]'"
         ) from None
     except Exception as error:
-        raise UserError(f"cannot use {path}: {reason(error)}") from error
+        raise failed(f"cannot use {path}", error) from error
 
 
 @functools.cache
@@ -135,8 +149,14 @@ def io_errors(path: epath.PathLike, *local: type[Exception]) -> tuple[type[Excep
 
 
 def http_status(error: BaseException) -> int:
-    """Returns the HTTP status that an error of one of the clients stands for, 0 for none."""
-    if any(kind.__module__ == "google.auth.exceptions" for kind in type(error).__mro__):
+    """Returns the HTTP status that an error of one of the clients stands for, 0 for none.
+
+    A server that cannot be reached counts as one that is unavailable, 503.
+    """
+    kinds = type(error).__mro__
+    if any(kind.__name__ in _UNREACHABLE and kind.__module__ in _CLIENTS for kind in kinds):
+        return 503
+    if any(kind.__module__ == "google.auth.exceptions" for kind in kinds):
         return 401
     if isinstance(error, OSError) and str(error).startswith("Forbidden"):  # gcsfs
         return 403
@@ -157,3 +177,16 @@ def reason(error: BaseException) -> str:
     if status == 404:
         return "there is no such bucket, or this account may not see it"
     return getattr(error, "strerror", None) or first_line(error)
+
+
+def failed(what: str, error: BaseException) -> UserError:
+    """Returns what to raise for an access that failed for good, by what may help.
+
+    Returns:
+        A StorageError where a later attempt may succeed, an AccessError where access is refused, a
+        UserError for any other reason.
+    """
+    status = http_status(error)
+    refused, unavailable = status in (401, 403), status in (408, 429) or status >= 500
+    kind = AccessError if refused else StorageError if unavailable else UserError
+    return kind(f"{what}: {reason(error)}")

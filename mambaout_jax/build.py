@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
+from mambaout_jax.bucket import absolute
 from mambaout_jax.config import duration_steps
 from mambaout_jax.data.augment import Augmentation
 from mambaout_jax.data.loader import EvalBatches, LoaderOptions, TrainBatches
@@ -283,6 +284,7 @@ def evaluate_workdir(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
         UserError: when the weights do not fit the configuration, or something of it is amiss.
     """
     configuration.check(config)
+    workdir = absolute(workdir)
     mesh = make_mesh(config.mesh.fsdp)
     check_batch(config.eval.batch_size, 1, mesh, "eval.batch_size")
     batches = build_eval_batches(

@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from mambaout_jax.bucket import io_errors, is_bucket, reason
+from mambaout_jax.bucket import failed, io_errors, is_bucket
 from mambaout_jax.errors import UserError
 
 
@@ -26,7 +26,7 @@ def writing(path: epath.PathLike) -> Iterator[None]:
     except UserError:
         raise
     except io_errors(path, OSError) as error:
-        raise UserError(f"cannot write {path}: {reason(error)}") from error
+        raise failed(f"cannot write {path}", error) from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import TypedDict
 import numpy as np
 from etils import epath
 
-from mambaout_jax.bucket import io_errors, is_bucket, open_bucket, reason
+from mambaout_jax.bucket import failed, io_errors, is_bucket, open_bucket
 from mambaout_jax.errors import UserError, did_you_mean
 
 _IMAGE_SUFFIXES = frozenset(
@@ -189,7 +189,7 @@ class TfdsSource(Source):
         try:
             example = self._records[index]
         except io_errors(self._arguments[0]) as error:
-            raise UserError(f"{self.name}[{index}] cannot be read: {reason(error)}") from error
+            raise failed(f"{self.name}[{index}] cannot be read", error) from error
         name = example.get("file_name", b"")
         return {
             "image": example[self._image_key],

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from etils import epath
 
-from mambaout_jax.bucket import open_bucket, reason, split
+from mambaout_jax.bucket import failed, open_bucket, reason, split
 from mambaout_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def take_lease(path: epath.Path, on_loss: Callable[[str], NoReturn]) -> Lease:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"cannot write {path}: {reason(error)}") from error
+        raise failed(f"cannot write {path}", error) from error
 
 
 def watch(bucket: Any, key: str, generation: int, holder: Owner, path: epath.Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from mambaout_jax.bucket import is_bucket
-from mambaout_jax.files import write_file, writing
+from mambaout_jax.files import write_file
 
 
 class ObjectWriter:
@@ -52,11 +52,10 @@ def open_events(folder: epath.Path, start_step: int) -> Any:
     if is_bucket(folder):
         # tensorboardX's own writer fails when the answer to an upload is lost.
         register_writer_factory("gs", ObjectWriters)
-    # Written as they come, not by the thread of a SummaryWriter: when that fails, on a full disk,
-    # nobody learns of it, and the run waits for it forever.
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
-        log = SessionLog(status=SessionLog.START)
-        events.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=log))
+    # Not by a SummaryWriter: its thread would fail on a full disk unnoticed, and the run would wait
+    # for it forever.
+    folder.mkdir(parents=True, exist_ok=True)
+    events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+    log = SessionLog(status=SessionLog.START)
+    events.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=log))
     return events

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from mambaout_jax.bucket import absolute, io_errors, is_bucket, reason
+from mambaout_jax.bucket import absolute, failed, http_status, io_errors, is_bucket
 from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
@@ -126,8 +126,7 @@ def save_weights(
         with _silent_absl(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(directory, args=items)
     except io_errors(directory, OSError, ValueError) as error:  # ValueError: TensorStore's
-        why = reason(error) if is_bucket(directory) else _reason(error)
-        raise UserError(f"the output {directory} cannot be written: {why}") from error
+        raise _failed(f"the output {directory} cannot be written", error) from error
     finally:
         if is_bucket(directory):
             _remove_unfinished(directory)
@@ -216,8 +215,7 @@ def _damage(directory: epath.Path) -> Iterator[None]:
     except UserError:
         raise
     except io_errors(directory, *_DAMAGE) as error:
-        why = reason(error) if is_bucket(directory) else _reason(error)
-        raise UserError(f"the weights in {directory} cannot be read: {why}") from error
+        raise _failed(f"the weights in {directory} cannot be read", error) from error
 
 
 @contextlib.contextmanager
@@ -231,7 +229,13 @@ def _silent_absl() -> Iterator[None]:
         logger.disabled = was
 
 
-def _reason(error: BaseException) -> str:
-    """Returns an error's first line without its middle: the ends say what and why."""
+def _failed(what: str, error: BaseException) -> UserError:
+    """Returns what to raise, with the error's first line without its middle.
+
+    The ends of Orbax's messages say what and why.
+    """
+    if http_status(error):
+        return failed(what, error)
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
+    line = line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
+    return UserError(f"{what}: {line}")
