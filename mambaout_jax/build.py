@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
+from mambaout_jax.bucket import absolute
 from mambaout_jax.config import duration_steps
 from mambaout_jax.data.augment import Augmentation
 from mambaout_jax.data.loader import EvalBatches, LoaderOptions, TrainBatches
@@ -288,6 +289,7 @@ def evaluate_workdir(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     """
     check_alike(config=json.dumps(configuration.shared(config), sort_keys=True))
     configuration.check(config)
+    workdir = absolute(workdir)
     weights = str(config.init_from or workdir)
     preprocessing = build_preprocessing(config)
     with all_or_none():

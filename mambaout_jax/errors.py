@@ -15,6 +15,10 @@ class StorageError(UserError):
     """Storage that failed at every attempt: nothing is damaged, and a later attempt may succeed."""
 
 
+class AccessError(UserError):
+    """Storage that refuses access, for its credentials or permissions: nothing is damaged."""
+
+
 class PreemptedError(Exception):
     """The run was asked to stop: it is saved, and the same command resumes it."""
 

@@ -10,12 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from mambaout_jax.errors import UserError, first_line
-
-
-def is_bucket(path: epath.PathLike) -> bool:
-    """Returns whether a path is in a bucket, such as gs://bucket/run."""
-    return "://" in os.fspath(path)
+from mambaout_jax.bucket import failed, io_errors, is_bucket
+from mambaout_jax.errors import UserError
 
 
 @contextlib.contextmanager
@@ -27,8 +23,10 @@ def writing(path: epath.PathLike) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or first_line(error)}") from error
+    except UserError:
+        raise
+    except io_errors(path, OSError) as error:
+        raise failed(f"cannot write {path}", error) from error
 
 
 @contextlib.contextmanager

@@ -235,9 +235,7 @@ def test_files_that_are_no_images_are_named_and_leave_no_workdir(tmp_path):
         "data.eval_split": "val",
         "data.num_classes": 2,
     }
-    with pytest.raises(
-        UserError, match=r"2 of 16 training images could not be decoded; the limit is 1"
-    ):
+    with pytest.raises(UserError, match="2 of 16 training images could not be"):
         small_run.train(small_config(**keys), epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -11,7 +11,7 @@ PACKAGE = Path("mambaout_jax")
 # Folders and top-level files. Each may import from its own rank and from those above it here.
 RANKS = (
     ("errors",),
-    ("files", "labels", "ops"),
+    ("bucket", "files", "labels", "ops"),
     ("runtime",),
     ("data",),
     ("models",),

@@ -14,6 +14,7 @@ from typing import TypedDict
 import numpy as np
 from etils import epath
 
+from mambaout_jax.bucket import failed, io_errors, is_bucket, open_bucket
 from mambaout_jax.errors import UserError, did_you_mean
 
 _IMAGE_SUFFIXES = frozenset(
@@ -85,6 +86,11 @@ class FolderSource(Source):
     """
 
     def __init__(self, directory: str, split: str, reference_split: str):
+        if is_bucket(directory):
+            raise UserError(
+                f"class folders are read from a disk, and {directory} is in a bucket: copy it to a "
+                "disk, or prepare the dataset with TFDS"
+            )
         root = Path(directory).expanduser()
         if not root.is_dir():
             raise UserError(f"no folder {directory!r}: expected one with {split}/CLASS/IMAGE")
@@ -182,7 +188,10 @@ class TfdsSource(Source):
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        example = self._records[index]
+        try:
+            example = self._records[index]
+        except io_errors(self._arguments[0]) as error:
+            raise failed(f"{self.name}[{index}] cannot be read", error) from error
         name = example.get("file_name", b"")
         return {
             "image": example[self._image_key],
@@ -228,6 +237,8 @@ def _prepared_directory(name: str, directory: str) -> str:
     if directory or dataset not in _EMBEDDED:
         default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
         root = epath.Path(directory or default).expanduser()
+        if is_bucket(root):
+            open_bucket(root)
     else:
         root = epath.Path(__file__).parent
     if (root / "dataset_info.json").exists():

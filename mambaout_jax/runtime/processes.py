@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from mambaout_jax.errors import StorageError, UserError, first_line
+from mambaout_jax.errors import AccessError, StorageError, UserError, first_line
 from mambaout_jax.runtime.preemption import RESUME
 
 logger = logging.getLogger(__name__)
@@ -103,13 +103,16 @@ def leave(code: int, error: Exception | None = None) -> NoReturn:
 
 
 def leave_after(error: Exception) -> None:
-    """Ends this process of several, saying why; one that runs alone goes on.
+    """Ends this process of several, saying why; one that runs alone only after a UserError.
 
     It does not wait for the others, as Python's own end would: they may never come. The first
     process, with which all are connected, goes last: its end would end the others before they have
     said why they go.
     """
     if jax.process_count() == 1:
+        if isinstance(error, UserError):
+            # Not as Python ends: the threads of a failed save would log their errors after this.
+            leave(FAILED, error)
         return
     if jax.process_index() == 0:
         time.sleep(3)
@@ -153,8 +156,8 @@ def all_or_none() -> Iterator[None]:
         index = next((index for index, message in enumerate(messages) if message), None)
         if index is not None and failure is None:
             kind, _, message = messages[index].partition(": ")
-            error_class = StorageError if kind == StorageError.__name__ else UserError
-            failure = error_class(f"process {index} of the run says: {message}")
+            classes = {error.__name__: error for error in (StorageError, AccessError)}
+            failure = classes.get(kind, UserError)(f"process {index} of the run says: {message}")
     if failure:
         raise failure
 

@@ -2,9 +2,14 @@
 
 import contextlib
 import logging
+import tempfile
+from pathlib import Path
 
 import jax
 from etils import epath
+
+from mambaout_jax.bucket import is_bucket, upload
+from mambaout_jax.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -18,13 +23,16 @@ class Profiler:
         self.folder, self.steps = folder, steps
         self.first = start + WARM_UP + 1
         self.running = False
+        self.local: tempfile.TemporaryDirectory[str] | None = None
 
     def step(self, number: int) -> contextlib.AbstractContextManager[None]:
         """Returns the context in which a step is to be run."""
         if self.running and number == self.first + self.steps:
             self.close()
         if self.steps and number == self.first:
-            jax.profiler.start_trace(self.folder)
+            # jax writes to disks only.
+            self.local = tempfile.TemporaryDirectory() if is_bucket(self.folder) else None
+            jax.profiler.start_trace(self.local.name if self.local else self.folder)
             self.running = True
         if not self.running:
             return contextlib.nullcontext()
@@ -35,4 +43,7 @@ class Profiler:
         if self.running:
             self.running = False
             jax.profiler.stop_trace()
+            if self.local:
+                with self.local as folder, writing(self.folder):
+                    upload(Path(folder), self.folder)
             logger.info("the trace is in %s", self.folder / "plugins" / "profile")

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -13,9 +14,11 @@ from typing import IO, Any
 import jax
 from etils import epath
 
+from mambaout_jax.bucket import children, failed, io_errors, is_bucket
 from mambaout_jax.errors import UserError
-from mambaout_jax.files import is_bucket, write_json
-from mambaout_jax.runtime.processes import all_or_none
+from mambaout_jax.files import write_json
+from mambaout_jax.runtime.lease import Lease, take_lease
+from mambaout_jax.runtime.processes import FAILED, all_or_none, end
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +51,7 @@ def hold_workdir(
     try:
         with all_or_none():
             if primary:
-                try:
-                    check_workdir(workdir, record, free, added)
-                except ImportError as error:  # of what reads buckets
-                    raise UserError(f"cannot use {workdir}: {error}") from None
+                check_workdir(workdir, record, free, added)
                 lock = lock_workdir(workdir)
                 # Another command may have started and ended a run here since.
                 new = check_workdir(workdir, record, free, added)
@@ -74,20 +74,19 @@ def hold_workdir(
 
 def has_results(workdir: epath.Path) -> bool:
     """Returns whether a workdir holds more than the files that a run starts with."""
-    names = {path.name for path in workdir.iterdir()} - {LOCK, RECORD, "checkpoints"}
-    folder = workdir / "checkpoints"
-    return bool(names) or (folder.exists() and any(folder.iterdir()))
+    names = {path.name for path in children(workdir)} - {LOCK, RECORD, "checkpoints"}
+    return bool(names) or bool(children(workdir / "checkpoints"))
 
 
-def lock_workdir(workdir: epath.Path) -> IO[str] | None:
-    """Returns the open file that holds the workdir, None for a bucket.
+def lock_workdir(workdir: epath.Path) -> IO[str] | Lease:
+    """Returns what holds the workdir until it is closed: an open file, or a lease in a bucket.
 
     Raises:
         UserError: when another process holds it; it is named.
     """
-    if is_bucket(workdir):
-        return None
     path = workdir / LOCK
+    if is_bucket(workdir):
+        return take_lease(path, functools.partial(end, code=FAILED))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
@@ -147,7 +146,7 @@ def check_workdir(
         raise UserError(f"{workdir} is a file: choose a new or empty folder as --workdir")
     # A command that was killed while it started leaves a lock and a half-written record.
     started = (LOCK, f".{RECORD}.")
-    if workdir.exists() and any(not path.name.startswith(started) for path in workdir.iterdir()):
+    if any(not path.name.startswith(started) for path in children(workdir)):
         raise UserError(f"{workdir} holds other files and no run: choose an empty --workdir")
     return True
 
@@ -161,10 +160,10 @@ def read_record(workdir: epath.Path) -> dict[str, Any]:
     path = workdir / RECORD
     try:
         record = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError:
         record = None
+    except io_errors(path, OSError) as error:
+        raise failed(f"cannot read {path}", error) from None
     if not isinstance(record, dict):
         raise UserError(
             f"{path} is damaged: restore it from a copy; or remove it and move the other files "

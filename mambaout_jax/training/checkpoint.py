@@ -22,16 +22,17 @@ import tenacity
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mambaout_jax.errors import StorageError, UserError, first_line
+from mambaout_jax.bucket import absolute, children, failed
+from mambaout_jax.errors import AccessError, StorageError, UserError, first_line
 from mambaout_jax.files import write_json
 from mambaout_jax.runtime.processes import all_or_none
 from mambaout_jax.training.state import TrainState
+from mambaout_jax.weights.steps import DAMAGED, mark_copied_steps, set_aside, whole_steps
 from mambaout_jax.weights.store import WeightsInfo
 
 logger = logging.getLogger(__name__)
 
 METRIC = "top1"
-DAMAGED = ".damaged"
 # Error numbers and words of storage that fails for a while, in messages of the system, of
 # TensorStore and of buckets' servers. Whatever else reading a checkpoint fails of is damage.
 TRANSIENT = re.compile(
@@ -50,6 +51,7 @@ def open_checkpoints(workdir: epath.Path, keep: int) -> Iterator[ocp.CheckpointM
     folder = absolute(workdir) / "checkpoints"
     with all_or_none():
         if jax.process_index() == 0:
+            mark_copied_steps(folder)
             set_aside_unreadable(folder)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(
@@ -79,20 +81,9 @@ def open_checkpoints(workdir: epath.Path, keep: int) -> Iterator[ocp.CheckpointM
     manager.close()
 
 
-def absolute(path: epath.Path) -> epath.Path:
-    """Returns the absolute path, as Orbax asks for; a bucket's path is absolute already."""
-    return path if "://" in os.fspath(path) else path.resolve()
-
-
 def has_checkpoint(workdir: epath.Path) -> bool:
-    """Returns whether a workdir holds a checkpoint; unfinished ones have other names."""
-    return bool(checkpoint_folders(workdir / "checkpoints"))
-
-
-def checkpoint_folders(folder: epath.Path) -> list[epath.Path]:
-    """Returns the folders of checkpoints, oldest first; none where the folder does not exist."""
-    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    return sorted(found, key=lambda path: int(path.name))
+    """Returns whether a workdir holds a whole checkpoint."""
+    return bool(whole_steps(workdir / "checkpoints"))
 
 
 @jax.jit
@@ -119,6 +110,9 @@ def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        failure = failed(f"cannot save to {manager.directory}", error)
+        if isinstance(failure, StorageError | AccessError):
+            raise type(failure)(f"{failure}; the checkpoints before it are good") from error
         manager.reload()
         latest = manager.latest_step()
         good = "there is no checkpoint yet" if latest is None else f"checkpoint {latest} is good"
@@ -202,24 +196,38 @@ def reading(read: Callable[[], T], what: str) -> T:
 
     Raises:
         StorageError: when storage still fails at the last attempt.
+        AccessError: when storage refuses access.
         Exception: any other error of `read`: damage.
     """
+
+    def report(attempt: tenacity.RetryCallState) -> None:
+        error = attempt.outcome and attempt.outcome.exception()
+        logger.warning("reading %s failed (%s): trying again", what, error and cause(error))
+
     attempts = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(lambda error: bool(TRANSIENT.search(str(error)))),
+        retry=tenacity.retry_if_exception(is_transient),
         stop=tenacity.stop_after_attempt(READ_ATTEMPTS),
         wait=tenacity.wait_exponential(multiplier=0.5),
-        before_sleep=lambda attempt: logger.warning(
-            "reading %s failed (%s): trying again", what, cause(attempt.outcome.exception())
-        ),
+        before_sleep=report,
+        reraise=True,
     )
     try:
         return attempts(read)
-    except tenacity.RetryError as error:
-        failure = error.last_attempt.exception()
-        raise StorageError(
-            f"{what} cannot be read: {cause(failure)}; nothing was changed: the same command "
-            "continues when the storage can be read again"
-        ) from failure
+    except Exception as error:
+        if is_transient(error):
+            raise StorageError(
+                f"{what} cannot be read: {cause(error)}; nothing was changed: the same command "
+                "continues when the storage can be read again"
+            ) from error
+        failure = failed(f"{what} cannot be read", error)
+        if isinstance(failure, AccessError):
+            raise failure from error
+        raise
+
+
+def is_transient(error: BaseException) -> bool:
+    """Returns whether an error is of storage that fails for a while."""
+    return bool(TRANSIENT.search(str(error))) or isinstance(failed("", error), StorageError)
 
 
 def restore(
@@ -288,6 +296,7 @@ def restore_newest(
 
     Raises:
         StorageError: when storage fails; it proves no damage.
+        AccessError: when storage refuses access.
         UserError: when there are checkpoints, and all are damaged.
     """
     damage: dict[int, str] = {}
@@ -296,7 +305,7 @@ def restore_newest(
         try:
             with all_or_none(), damage_as_sentence():
                 found = reading(functools.partial(restore, manager, step, abstract), what)
-        except StorageError:
+        except (StorageError, AccessError):
             raise
         except UserError as error:
             damage[step] = str(error)
@@ -304,12 +313,12 @@ def restore_newest(
         with all_or_none():
             for newer, reason in damage.items() if jax.process_index() == 0 else ():
                 logger.warning("checkpoint %d is damaged (%s): using %d", newer, reason, step)
-                set_aside(epath.Path(manager.directory), newer)
+                set_aside(epath.Path(manager.directory) / str(newer))
         if damage:
             manager.reload()
         return found
     folder = epath.Path(manager.directory)
-    aside = [path.name for path in folder.iterdir() if path.name.endswith(DAMAGED)]
+    aside = [path.name for path in children(folder) if path.name.endswith(DAMAGED)]
     if damage or aside:
         reasons = "; ".join([f"{step}: {reason}" for step, reason in damage.items()] + aside)
         raise UserError(
@@ -324,29 +333,24 @@ def damage_as_sentence() -> Iterator[None]:
     """Turns the error of reading a damaged checkpoint into a UserError."""
     try:
         yield
-    except StorageError:
+    except (StorageError, AccessError):
         raise
     except Exception as error:
         raise UserError(cause(error)) from error
 
 
-def set_aside(folder: epath.Path, step: int) -> None:
-    """Renames a damaged checkpoint, so that it is neither used nor lost."""
-    (folder / str(step)).rename(folder / f"{step}{DAMAGED}")
-
-
 def set_aside_unreadable(folder: epath.Path) -> None:
     """Sets checkpoints aside whose metrics, which the manager reads, are damaged."""
-    for path in checkpoint_folders(folder):
+    for path in whole_steps(folder).values():
         metrics = path / "metrics" / "metrics"
         if metrics.exists():
             try:
                 json.loads(reading(metrics.read_text, os.fspath(metrics)))
-            except StorageError:
+            except (StorageError, AccessError):
                 raise
             except ValueError:
                 logger.warning("checkpoint %s is damaged: its metrics cannot be read", path.name)
-                set_aside(folder, int(path.name))
+                set_aside(path)
 
 
 def abstract_state(state: Any, shardings: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mambaout_jax.bucket import absolute
 from mambaout_jax.errors import PreemptedError
 from mambaout_jax.inference.evaluate import StoppedError, describe, evaluate
 from mambaout_jax.models.flops import count_total
@@ -17,6 +18,7 @@ from mambaout_jax.runtime import goodput
 from mambaout_jax.runtime.devices import peak_flops
 from mambaout_jax.runtime.goodput import Goodput
 from mambaout_jax.runtime.preemption import StopRequest
+from mambaout_jax.runtime.processes import all_or_none
 from mambaout_jax.runtime.profiler import Profiler
 from mambaout_jax.runtime.sharding import global_batch, state_shardings
 from mambaout_jax.runtime.workdir import hold_workdir, keep_record
@@ -54,7 +56,9 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
         UserError: when the user has to mend something; a new workdir without a step is removed.
         PreemptedError: when the run was asked to stop; it is saved.
     """
-    workdir, clock = epath.Path(workdir), Goodput()
+    clock = Goodput()
+    with all_or_none():
+        workdir = absolute(workdir)
     root = jax.random.key(run.seed)
     init_key, train_key = (jax.random.fold_in(root, role) for role in (INIT_KEY, TRAIN_KEY))
     abstract = jax.eval_shape(run.initial_state, init_key)

@@ -11,8 +11,10 @@ from typing import Any
 
 from etils import epath
 
+from mambaout_jax.bucket import is_bucket
 from mambaout_jax.errors import UserError
 from mambaout_jax.files import write_file, writing
+from mambaout_jax.training.events import open_events
 
 COLUMNS = ("step", "epoch", "learning_rate", "train_loss", "eval_loss", "top1", "top5")
 
@@ -138,23 +140,9 @@ def start_wandb(workdir: epath.Path, project: str) -> Any:
     path = workdir / "wandb_id"
     if not path.exists():
         write_file(path, uuid.uuid4().hex)
-    return wandb.init(
-        project=project, dir=os.fspath(workdir), id=path.read_text().strip(), resume="allow"
-    )
-
-
-def open_events(folder: epath.Path, start_step: int) -> Any:
-    """Returns the writer of a new event file, which replaces what older ones say of later steps."""
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-    # Not by a SummaryWriter: its thread would fail on a full disk unnoticed, and the run would wait
-    # for it forever.
-    folder.mkdir(parents=True, exist_ok=True)
-    events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
-    log = SessionLog(status=SessionLog.START)
-    events.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=log))
-    return events
+    # wandb writes to disks only.
+    folder = None if is_bucket(workdir) else os.fspath(workdir)
+    return wandb.init(project=project, dir=folder, id=path.read_text().strip(), resume="allow")
 
 
 def draw_curves(rows: Sequence[Row], path: epath.Path, title: str = "") -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from mambaout_jax.bucket import absolute, is_bucket
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.models.pretrained import PRETRAINED, find_pretrained, preprocessing
@@ -56,6 +57,8 @@ def read_weights(
             fit the model.
     """
     path = epath.Path(name_or_path).expanduser()
+    if is_bucket(path):
+        path = absolute(path)
     if path.is_dir():
         params, info = load_weights(path)
         if model is not None and _variant(model) != info.model:
@@ -72,6 +75,11 @@ def locate(name_or_path: epath.PathLike) -> tuple[Path, str | None]:
         UserError: when there is no such file and the hub has nothing of that name.
     """
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if is_bucket(name):
+        raise UserError(
+            f"there is no checkpoint in {name}: expected a folder of a checkpoint or of a run; a "
+            "file of weights is to be copied to a disk first"
+        )
     if path.suffix in SUFFIXES or path.exists():
         return path, None
     if name in VARIANTS:

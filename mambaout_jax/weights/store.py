@@ -19,11 +19,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from mambaout_jax.bucket import absolute, failed, http_status, io_errors, is_bucket
 from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
 from mambaout_jax.weights.shapes import mismatches, param_shapes, tree_shapes
+from mambaout_jax.weights.steps import is_whole, whole_steps
 from mambaout_jax.weights.torch_file import check_absent, check_space
+
+# What Orbax raises of an unreadable checkpoint.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +115,7 @@ def save_weights(
     Raises:
         UserError: when the directory exists or cannot be written; nothing of it is left then.
     """
-    directory = epath.Path(directory).expanduser().resolve()
+    directory = absolute(directory)
     check_absent(directory)
     check_space(directory, jax.tree.leaves(params))
     info = dataclasses.replace(info, digest=digest(params))
@@ -120,12 +125,21 @@ def save_weights(
     try:
         with _silent_absl(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(directory, args=items)
-    except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
-        raise UserError(f"the output {directory} cannot be written: {_reason(error)}") from error
+    except io_errors(directory, OSError, ValueError) as error:  # ValueError: TensorStore's
+        raise _failed(f"the output {directory} cannot be written", error) from error
     finally:
-        if not directory.exists():
+        if is_bucket(directory):
+            _remove_unfinished(directory)
+        elif not directory.exists():
             _remove_halves(directory)
     return info
+
+
+def _remove_unfinished(directory: epath.Path) -> None:
+    """Removes what a failed save left in a bucket, if the bucket still can be written."""
+    with contextlib.suppress(Exception):
+        if not is_whole(directory):
+            directory.rmtree(missing_ok=True)
 
 
 def _remove_halves(directory: epath.Path) -> None:
@@ -155,8 +169,7 @@ def load_weights(directory: epath.PathLike) -> tuple[dict[str, Any], WeightsInfo
     Raises:
         UserError: when there are no weights, or they do not fit what is written of them.
     """
-    directory = epath.Path(directory).expanduser().resolve()
-    directory, info = _find(directory)
+    directory, info = _find(absolute(directory))
     item = "ema_params" if info.averaged else "params"
     with _damage(directory), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         found = checkpointer.metadata(directory / item).item_metadata.tree
@@ -176,14 +189,13 @@ def _find(directory: epath.Path) -> tuple[epath.Path, WeightsInfo]:
     """Returns the directory that holds `params`, and its description."""
     if (directory / "meta").exists():
         return directory, _read_info(directory)
-    parent = directory / "checkpoints"
-    steps = [path for path in parent.iterdir() if path.name.isdigit()] if parent.exists() else []
+    steps = whole_steps(directory / "checkpoints")
     if not steps:
         raise UserError(
             f"no weights in {directory}: expected a converted checkpoint (params/ and meta/), a "
             "step of a run's checkpoints, or a run's working directory"
         )
-    infos = {int(path.name): (path, _read_info(path)) for path in steps}
+    infos = {step: (path, _read_info(path)) for step, path in steps.items()}
     best = max(infos, key=lambda step: (infos[step][1].metrics.get("top1", -1.0), step))
     return infos[best]
 
@@ -200,8 +212,10 @@ def _damage(directory: epath.Path) -> Iterator[None]:
     try:
         with _silent_absl():
             yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the weights in {directory} cannot be read: {_reason(error)}") from error
+    except UserError:
+        raise
+    except io_errors(directory, *_DAMAGE) as error:
+        raise _failed(f"the weights in {directory} cannot be read", error) from error
 
 
 @contextlib.contextmanager
@@ -215,7 +229,13 @@ def _silent_absl() -> Iterator[None]:
         logger.disabled = was
 
 
-def _reason(error: BaseException) -> str:
-    """Returns an error's first line without its middle: the ends say what and why."""
+def _failed(what: str, error: BaseException) -> UserError:
+    """Returns what to raise, with the error's first line without its middle.
+
+    The ends of Orbax's messages say what and why.
+    """
+    if http_status(error):
+        return failed(what, error)
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
+    line = line if len(line) <= 300 else f"{line[:150]} ... {line[-150:]}"
+    return UserError(f"{what}: {line}")

@@ -1,0 +1,62 @@
+"""The steps of a run's checkpoints folder: which are whole, and how one is set aside.
+
+On a disk Orbax writes a step under another name and renames it. A bucket cannot rename a folder as
+one: there Orbax writes the step in place, and the object MARKER when everything else is there.
+"""
+
+import json
+
+from etils import epath
+
+from mambaout_jax.bucket import children, is_bucket, open_bucket, split
+
+MARKER = "commit_success.txt"
+METADATA = "_CHECKPOINT_METADATA"
+DAMAGED = ".damaged"
+
+
+def whole_steps(folder: epath.Path) -> dict[int, epath.Path]:
+    """Returns the whole steps of a checkpoints folder, by number, in order."""
+    steps = {int(path.name): path for path in children(folder) if path.name.isdigit()}
+    return {step: steps[step] for step in sorted(steps) if is_whole(steps[step])}
+
+
+def is_whole(step: epath.Path) -> bool:
+    """Returns whether a step was saved to its end."""
+    return not is_bucket(step) or (step / MARKER).exists()
+
+
+def mark_copied_steps(folder: epath.Path) -> None:
+    """Writes the marker of whole steps that lack it: copies from a disk into a bucket.
+
+    Without it Orbax takes a step in a bucket for unfinished, and deletes it.
+    """
+    for step in children(folder) if is_bucket(folder) else ():
+        if step.name.isdigit() and not is_whole(step) and _was_committed(step):
+            (step / MARKER).write_text("copied whole from a disk")
+
+
+def _was_committed(step: epath.Path) -> bool:
+    """Returns whether Orbax's own record says that the step was saved to its end."""
+    try:
+        return bool(json.loads((step / METADATA).read_text())["commit_timestamp_nsecs"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
+def set_aside(step: epath.Path) -> None:
+    """Renames a damaged step to STEP.damaged, so that it is neither used nor lost.
+
+    In a bucket its objects are renamed one by one. Until that is done both folders have the marker,
+    without which Orbax would delete them, and what is left is found and renamed the next time.
+    """
+    if not is_bucket(step):
+        step.rename(step.parent / f"{step.name}{DAMAGED}")
+        return
+    bucket, (_, key) = open_bucket(step), split(step)
+    marker = bucket.blob(f"{key}/{MARKER}")
+    bucket.copy_blob(marker, bucket, f"{key}{DAMAGED}/{MARKER}")
+    for blob in list(bucket.list_blobs(prefix=f"{key}/")):
+        if blob.name != marker.name:
+            bucket.rename_blob(blob, f"{key}{DAMAGED}{blob.name.removeprefix(key)}")
+    marker.delete()
