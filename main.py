@@ -17,7 +17,7 @@ from absl import logging as absl_logging
 from etils import epath
 from ml_collections import config_flags
 
-from mambaout_jax.config import check_command_line
+from mambaout_jax.config import check_command_line, given_keys
 from mambaout_jax.errors import PreemptedError, StorageError, UserError
 from mambaout_jax.runtime.preemption import RESUME, StopRequest
 
@@ -85,7 +85,7 @@ def run(workdir: epath.Path, stop: StopRequest) -> None:
     from mambaout_jax import build
 
     if _MODE.value == "eval":
-        build.evaluate_workdir(_CONFIG.value, workdir)
+        build.evaluate_workdir(_CONFIG.value, workdir, given_keys(sys.argv))
         return
     from mambaout_jax.training.loop import train
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from mambaout_jax.inference.evaluate_weights import evaluate_weights
 from mambaout_jax.models.mambaout import MambaOut, create_model
 from mambaout_jax.runtime.processes import all_or_none, check_alike
 from mambaout_jax.runtime.sharding import check_batch, make_mesh
+from mambaout_jax.runtime.workdir import RECORD, read_record
 from mambaout_jax.training.optimizer import make_optimizer
 from mambaout_jax.training.run import Run, Steps
 from mambaout_jax.training.schedule import CosineSchedule
@@ -278,18 +280,29 @@ def _build_run(config: ConfigDict) -> Run:
     )
 
 
-def evaluate_workdir(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
+def evaluate_workdir(
+    config: ConfigDict, workdir: epath.Path, given: Collection[str] = ()
+) -> dict[str, Any]:
     """Evaluates `config.init_from`, or the best checkpoint of the workdir, on the evaluation split.
 
-    The result is logged and written to WORKDIR/eval.json.
+    A workdir with a run is evaluated with the run's own config, but for the keys that the command
+    line sets, and `init_from`. The result is logged and written to WORKDIR/eval.json.
+
+    Args:
+        config: of the command line.
+        workdir: of a run, or a new one for the result.
+        given: the keys that the command line sets.
 
     Raises:
         UserError: when the weights do not fit the config, or the config, the data or an image is
             wrong.
     """
+    workdir = absolute(workdir)
+    with all_or_none():
+        if (workdir / RECORD).exists():
+            configuration.overlay(config, read_record(workdir), {*given, "init_from"})
     check_alike(config=json.dumps(configuration.shared(config), sort_keys=True))
     configuration.check(config)
-    workdir = absolute(workdir)
     weights = str(config.init_from or workdir)
     preprocessing = build_preprocessing(config)
     with all_or_none():

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import runpy
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,24 @@ def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
             last = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
             hint = f"; did you mean {last[0]!r}?" if last else did_you_mean(key, list(keys))
             raise UserError(f"unknown config key {key!r}{hint}")
+
+
+def given_keys(argv: Sequence[str], flag: str = "config") -> set[str]:
+    """Returns the keys that a command line sets."""
+    matches = (re.match(rf"--?{flag}\.([^=]+)", arg) for arg in argv)
+    return {match[1] for match in matches if match}
+
+
+def overlay(config: ConfigDict, record: Mapping[str, Any], keep: Collection[str]) -> None:
+    """Sets the keys of a config to a run's record, those of `keep` excepted.
+
+    Keys that the config does not know are left out.
+    """
+    known = flatten(config)
+    for key, value in record.items():
+        if key in known and key not in keep:
+            value = tuple(value) if isinstance(value, list) else value
+            config.update_from_flattened_dict({key: value})
 
 
 def duration_steps(duration: str, *, steps_per_epoch: int, batch_size: int) -> int:

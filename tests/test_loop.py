@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -159,6 +160,17 @@ def test_evaluation_of_a_checkpoint_equals_the_runs_own(finished, tmp_path):
         np.testing.assert_allclose(report["top1"], float(best["top1"]), rtol=1e-6)
         np.testing.assert_allclose(report["loss"], float(best["eval_loss"]), rtol=1e-5)
         assert json.loads((tmp_path / str(batch_size) / "eval.json").read_text()) == report
+
+
+def test_evaluation_of_a_workdir_uses_the_runs_own_config(finished, tmp_path):
+    """The command line names the quickstart's whole split; the run's has 30 images."""
+    shutil.copytree(finished, tmp_path / "run")
+    config = configuration.load_config(small_run.ROOT / "configs/quickstart.py")
+    config.eval.batch_size = 24
+    report = evaluate_workdir(config, tmp_path / "run", {"eval.batch_size"})
+    assert report["examples"] == 30
+    assert report["data"] == "digits/1.0.0/validation[:30]"
+    assert config.eval.batch_size == 24
 
 
 def test_evaluation_refuses_weights_of_another_model(finished, tmp_path):
