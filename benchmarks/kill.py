@@ -111,7 +111,7 @@ def differences(workdir: Path, straight: Path) -> list[str]:
 
 def last_step(log: str) -> int:
     """Returns the last step that a log shows."""
-    return max(map(int, re.findall(r"^step +(\d+)/", log, re.MULTILINE)), default=0)
+    return max(map(int, re.findall(r"step +(\d+)/", log, re.MULTILINE)), default=0)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_run import train
 
 from mambaout_jax import config as configuration
-from mambaout_jax.training.loop import train
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def table(workdir):
 def test_one_of_two_is_asked_to_end_and_another_world_goes_on(tmp_path, caplog):
     """Saved by two processes, resumed by one of eight devices, equal to a run of those alone."""
     pair = Launch(tmp_path, 2)
-    pair.wait_for(r"^step +2/")
+    pair.wait_for(r"step +2/")
     pair.processes[1].send_signal(signal.SIGTERM)
     codes, logs = pair.end()
     assert codes == [75, 75], logs
@@ -105,7 +105,7 @@ def test_one_of_two_is_asked_to_end_and_another_world_goes_on(tmp_path, caplog):
 
 def test_a_process_that_dies_ends_the_other(tmp_path):
     pair = Launch(tmp_path, 2)
-    pair.wait_for(r"^step +2/")
+    pair.wait_for(r"step +2/")
     pair.processes[1].kill()
     codes, logs = pair.end()
     assert codes == [75, -signal.SIGKILL], logs
@@ -125,7 +125,7 @@ def test_processes_that_differ_say_in_what(tmp_path):
     codes, logs = Launch(tmp_path, 2, keys={1: ("--config.schedule.learning_rate=0.1",)}).end()
     assert codes == [1, 1], logs
     for log in logs:
-        assert "the hosts differ in the configuration: process 1 from process 0" in log
+        assert "the hosts differ in the config: process 1 from process 0" in log
         assert "Traceback" not in log
     assert not (tmp_path / "run").exists()
 

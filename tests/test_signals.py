@@ -1,0 +1,98 @@
+"""Real signals to real processes: main.py, as a shell, a cluster or a person stops it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from small_run import ROOT, SMALL
+
+from mambaout_jax.weights.store import load_weights
+
+KEYS = [f"--config.{key}={value}" for key, value in SMALL.items()]
+
+
+class Command:
+    """main.py in a process group of its own, with its log."""
+
+    def __init__(self, folder, *keys):
+        self.log = folder / f"{len(list(folder.glob('*.log')))}.log"
+        command = [sys.executable, "main.py", "--config=configs/quickstart.py"]
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*command, *KEYS, *keys, f"--workdir={folder / 'run'}"],
+                cwd=ROOT,
+                env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+                stderr=file,
+                start_new_session=True,
+            )
+
+    def wait_for(self, pattern):
+        while not re.search(pattern, self.log.read_text()):
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.01)
+
+    def end(self):
+        """Returns the exit code and the log."""
+        code = self.process.wait(timeout=120)
+        return code, self.log.read_text()
+
+
+def last_line(log):
+    return log.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    code, log = Command(folder).end()
+    assert code == 0, log
+    return folder / "run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_group_saves_and_the_run_resumes_to_the_same_bits(
+    number, straight, tmp_path
+):
+    run = Command(tmp_path, "--config.data.workers=1", "--config.log.every=1 steps")
+    run.wait_for(r"step +2/12")
+    os.killpg(run.process.pid, number)
+    code, log = run.end()
+    assert code == 75, log
+    assert "Traceback" not in log
+    assert re.search(r"saved at step \d+ of 12; the same command resumes it$", last_line(log))
+    code, log = Command(tmp_path).end()
+    assert code == 0, log
+    ends = (load_weights(path / "checkpoints" / "12")[0] for path in (straight, tmp_path / "run"))
+    expected, got = ends
+    for name in expected:
+        np.testing.assert_equal(got[name], expected[name])
+    assert (straight / "metrics.csv").read_text() == (tmp_path / "run/metrics.csv").read_text()
+
+
+def test_ctrl_c_while_the_run_starts_ends_it_at_once(tmp_path):
+    run = Command(tmp_path)
+    while not (tmp_path / "run" / "config.json").exists():
+        assert run.process.poll() is None, run.log.read_text()
+        time.sleep(0.01)
+    os.killpg(run.process.pid, signal.SIGINT)
+    code, log = run.end()
+    assert code == 75, log
+    assert last_line(log) == "stopped by SIGINT: the same command starts or resumes the run"
+    assert "Traceback" not in log
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    """The first one is noticed while the process cannot act on it: it is stopped meanwhile."""
+    run = Command(tmp_path, "--config.log.every=1 steps")
+    run.wait_for(r"step +1/12")
+    os.kill(run.process.pid, signal.SIGINT)
+    run.wait_for("received SIGINT")
+    os.kill(run.process.pid, signal.SIGINT)
+    code, log = run.end()
+    assert code in (75, 130), log
+    assert "Traceback" not in log
