@@ -1,14 +1,14 @@
-"""Every option, with its unit and its default: the paper's recipe for ImageNet-1k.
+"""Every key, with its unit and its default: the paper's recipe for ImageNet-1k.
 
-A variant's file calls `get_config` and changes what differs. A duration is a string of a
-number and a unit, "300 epochs", "20 steps" or "1_000_000 examples"; "" stands for none.
+The file of a variant calls `get_config` and overrides what differs. A duration is a string of a
+number and a unit, "300 epochs", "20 steps" or "1_000_000 examples"; "" means none.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns the defaults, unlocked keys excepted: nothing may be added from the command line."""
+    """Returns the default config, locked: unknown keys are an error."""
     config = ConfigDict()
     config.seed = 0  # the one seed: initialisation, order, augmentation, drop path
     config.init_from = ""  # weights to start from: a hub name, .pth, .safetensors or checkpoint
@@ -25,37 +25,39 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = "tfds"  # "tfds" (prepared as ArrayRecord) or "folder" (dir/split/class/x)
     config.data.name = "imagenet2012"  # TFDS name; "digits" ships with the package
-    config.data.dir = ""  # where the data lies; for TFDS, empty stands for $TFDS_DATA_DIR
+    config.data.dir = ""  # folder of the data; for TFDS, "" means $TFDS_DATA_DIR
     config.data.train_split = "train"
     config.data.eval_split = "validation"
     config.data.num_classes = 1000
     config.data.image_size = 224  # pixels, of training and of evaluation
-    config.data.workers = -1  # processes that decode and augment; 0: none, -1: one a core if over 4
-    config.data.threads = 4  # threads a process that read and decode
-    config.data.backend = "auto"  # of training: "pillow", or "fast" where its extra is installed
+    config.data.workers = -1  # processes that decode and augment; 0: none, -1: chosen by the cores
+    config.data.threads = 4  # threads of each process that read and decode
+    config.data.backend = "auto"  # of training: "pillow", or "fast" if its extra is installed
 
     config.augment = ConfigDict()
-    config.augment.crop_scale = (0.08, 1.0)  # area of the random crop, as a part of the picture
+    config.augment.crop_scale = (0.08, 1.0)  # area of the random crop, as a fraction of the image
     config.augment.crop_ratio = (3 / 4, 4 / 3)  # width to height of the random crop
     config.augment.interpolation = "random"  # "bilinear", "bicubic" or "random" (even odds)
     config.augment.hflip = 0.5  # probability of a horizontal flip
     config.augment.policy = "rand-m9-mstd0.5-inc1"  # timm's RandAugment string, "3a", or ""
     config.augment.color_jitter = 0.0  # strength of brightness, contrast and saturation; 0: none
-    config.augment.repeats = 1  # of each picture in an epoch (repeated augmentation); 1: none
+    config.augment.repeats = 1  # of each image in an epoch (repeated augmentation); 1: none
     config.augment.random_erasing = 0.25  # probability, on the device, after normalisation
     config.augment.mixup = 0.8  # alpha of the Beta distribution; 0: none
     config.augment.cutmix = 1.0  # alpha of the Beta distribution; 0: none
     config.augment.mixup_prob = 1.0  # probability that a group is mixed at all
-    config.augment.mixup_switch_prob = 0.5  # probability of CutMix where both are on
+    config.augment.mixup_switch_prob = 0.5  # probability of CutMix if both are on
     config.augment.mixup_group = 128  # consecutive images that one draw mixes; 0: the whole batch
     config.augment.mixup_off = ""  # duration after which nothing is mixed any more; "": never
-    config.augment.max_bad_fraction = 0.001  # of training pictures that may fail to decode
+    config.augment.max_bad_fraction = (
+        0.001  # fraction of training images that may fail to decode; one always may
+    )
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices that share one copy of the parameters; 1: a copy on each
 
     config.batch_size = 4096  # examples a step, over all devices of all processes
-    config.accumulate_steps = 1  # parts that a batch is split into, one after the other
+    config.accumulate_steps = 1  # parts of a batch that are computed one after the other
     config.label_smoothing = 0.1
 
     config.schedule = ConfigDict()
@@ -74,13 +76,13 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.05  # on tensors of more than one axis
     config.optimizer.layer_decay = 1.0  # learning-rate factor from a layer to the one below it
     config.optimizer.clip_norm = 0.0  # global norm that gradients are clipped to; 0: not clipped
-    config.optimizer.ema_decay = 0.0  # of the averaged parameters that evaluation uses; 0: none
+    config.optimizer.ema_decay = 0.0  # of the averaged parameters, used by evaluation; 0: none
 
     config.eval = ConfigDict()
     config.eval.batch_size = 1024  # examples a step, over all devices of all processes
     config.eval.every = "1 epochs"
-    config.eval.crop_pct = 1.0  # the crop's part of the resized picture's short side
-    config.eval.crop_mode = "center"  # "center", or "squash": the whole picture, aspect lost
+    config.eval.crop_pct = 1.0  # crop size as a fraction of the resized short side
+    config.eval.crop_mode = "center"  # "center", or "squash": the whole image, aspect ratio lost
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "1 epochs"
@@ -90,7 +92,7 @@ def get_config() -> ConfigDict:
         10  # steps in a row that may be skipped because loss or gradient is not finite
     )
     config.compilation_cache = "auto"  # folder; "auto": $JAX_COMPILATION_CACHE_DIR, or the user's
-    config.profile = ""  # duration that is traced for TensorBoard from the start, such as "5 steps"
+    config.profile = ""  # duration to trace for TensorBoard, such as "5 steps"
 
     config.log = ConfigDict()
     config.log.every = "50 steps"  # between two lines of metrics
