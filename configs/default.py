@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     config.augment.mixup_group = 128  # consecutive images that one draw mixes; 0: the whole batch
     config.augment.mixup_off = ""  # duration after which nothing is mixed any more; "": never
     config.augment.max_bad_fraction = (
-        0.001  # fraction of training images that may fail to decode; one always may
+        0.001  # of training images that may fail to decode; at least 1
     )
 
     config.mesh = ConfigDict()

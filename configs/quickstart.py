@@ -18,10 +18,10 @@ def get_config() -> ConfigDict:
     config.data.name = "digits"
     config.data.num_classes = 10
     config.data.image_size = 32
-    config.data.workers = 0  # so small pictures are made faster than processes start
+    config.data.workers = 0  # such small images load faster than processes start
 
     config.augment.crop_scale = (0.5, 1.0)
-    config.augment.hflip = 0.0  # a mirrored digit is another sign
+    config.augment.hflip = 0.0  # a mirrored digit is not a digit
     config.augment.policy = ""
     config.augment.random_erasing = 0.0
     config.augment.mixup_prob = 0.8
