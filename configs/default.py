@@ -49,9 +49,7 @@ def get_config() -> ConfigDict:
     config.augment.mixup_switch_prob = 0.5  # probability of CutMix if both are on
     config.augment.mixup_group = 128  # consecutive images that one draw mixes; 0: the whole batch
     config.augment.mixup_off = ""  # duration after which nothing is mixed any more; "": never
-    config.augment.max_bad_fraction = (
-        0.001  # of training images that may fail to decode; at least 1
-    )
+    config.augment.max_bad_fraction = 0.001  # of training images that may fail to decode
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices that share one copy of the parameters; 1: a copy on each
@@ -88,9 +86,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = "1 epochs"
     config.checkpoint.keep = 2  # newest checkpoints kept, beside the best one
 
-    config.max_bad_steps = (
-        10  # steps in a row that may be skipped because loss or gradient is not finite
-    )
+    config.max_bad_steps = 10  # in a row that are skipped for NaN before the run stops
     config.compilation_cache = "auto"  # folder; "auto": $JAX_COMPILATION_CACHE_DIR, or the user's
     config.profile = ""  # duration to trace for TensorBoard, such as "5 steps"
 
