@@ -33,7 +33,7 @@ class Evaluation:
 
     Attributes:
         results: as `evaluate` returns them.
-        batch_size: images in a step of all devices, after memory was found sufficient.
+        batch_size: images in a step of all devices, which fitted into memory.
     """
 
     results: dict[str, float]
@@ -95,7 +95,7 @@ def evaluate_weights(
             break
         batch_size = _smaller(batch_size, devices)
     if not sums.get("examples"):
-        raise UserError(f"no image of {source.name} has a right class among those evaluated")
+        raise UserError(f"no image of {source.name} has a right class among those to evaluate")
     return Evaluation(means(sums), batch_size)
 
 

@@ -112,7 +112,7 @@ class GroundTruthSource(Source):
             right = self._classes[np.atleast_1d(record["label"])]
         else:
             right = self._real[_real_index(record["name"], len(self._real))]
-        right = np.where(self._allowed[right], right, -1)  # -1 stays so whatever the last class is
+        right = np.where(self._allowed[right], right, -1)  # -1 stays -1
         return {"image": record["image"], "label": right, "name": record["name"]}
 
 
