@@ -7,6 +7,7 @@ is taken over; no clocks are compared. The lease of a process of this machine th
 taken over at once.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -118,28 +119,30 @@ class Lease:
     def _renew_until_closed(self) -> None:
         while not self._closed.wait(RENEW_SECONDS):
             try:
-                generation = write(self._bucket, self._key, self._owner, self._generation)
+                self._renew()
             except Exception as error:  # tried again, as long as the run lasts
                 path = f"gs://{self._bucket.name}/{self._key}"
                 logger.warning("cannot renew %s: %s", path, reason(error))
-                continue
-            if generation is None:
-                _, owner = read(self._bucket, self._key)
-                workdir = f"gs://{self._bucket.name}/{os.path.dirname(self._key)}"
-                self._on_loss(
-                    f"{workdir} was taken over by {owner or 'another command'}, as this process "
-                    f"was not heard of for {LEASE_SECONDS} s"
-                )
-            self._generation = generation
+
+    def _renew(self) -> None:
+        generation = write(self._bucket, self._key, self._owner, self._generation)
+        if generation is None:
+            _, owner = read(self._bucket, self._key)
+            workdir = f"gs://{self._bucket.name}/{os.path.dirname(self._key)}"
+            self._on_loss(
+                f"{workdir} was taken over by {owner or 'another command'}, as this process was "
+                f"not heard of for {LEASE_SECONDS} s"
+            )
+        self._generation = generation
 
     def close(self) -> None:
         """Gives the lease back."""
         self._closed.set()
         self._thread.join()
-        try:
-            self._bucket.delete_blob(self._key, if_generation_match=self._generation)
-        except Exception as error:  # it runs out by itself
-            logger.debug("cannot give back %s: %s", self._key, error)
+        with contextlib.suppress(Exception):  # it runs out by itself
+            self._bucket.delete_blob(
+                self._key, if_generation_match=self._generation, timeout=RENEW_SECONDS, retry=None
+            )
 
 
 def take_lease(path: epath.Path, on_loss: Callable[[str], NoReturn]) -> Lease:
@@ -205,11 +208,16 @@ def write(bucket: Any, key: str, owner: Owner, generation: int) -> int | None:
         The new generation; None when the lease was of another generation.
     """
     from google.api_core.exceptions import PreconditionFailed
+    from google.cloud.storage.retry import DEFAULT_RETRY
 
     blob = bucket.blob(key)
     blob.metadata = dataclasses.asdict(owner)
     try:
-        blob.upload_from_string(f"{owner}\n", if_generation_match=generation)
+        blob.upload_from_string(
+            f"{owner}\n",
+            if_generation_match=generation,
+            retry=DEFAULT_RETRY.with_timeout(RENEW_SECONDS),
+        )
     except PreconditionFailed:
         # The answer to this very write may have been lost, and the write been tried again.
         now, found = read(bucket, key)

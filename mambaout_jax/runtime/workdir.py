@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from mambaout_jax.bucket import children, failed, io_errors, is_bucket
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import AccessError, StorageError, UserError
 from mambaout_jax.files import write_json
 from mambaout_jax.runtime.lease import Lease, take_lease
 from mambaout_jax.runtime.processes import FAILED, all_or_none, end
@@ -63,6 +63,8 @@ def hold_workdir(
                     "hosts share, on a network file system or in a bucket"
                 )
         yield
+    except (StorageError, AccessError):
+        raise
     except UserError:
         if new and not has_results(workdir):
             workdir.rmtree(missing_ok=True)

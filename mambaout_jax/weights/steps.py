@@ -27,13 +27,16 @@ def is_whole(step: epath.Path) -> bool:
 
 
 def mark_copied_steps(folder: epath.Path) -> None:
-    """Writes the marker of whole steps that lack it: copies from a disk into a bucket.
+    """Writes the markers of whole steps that lack them: copies of a disk's in a bucket.
 
-    Without it Orbax takes a step in a bucket for unfinished, and deletes it.
+    Without them Orbax takes a step in a bucket for unfinished, and deletes it. Orbax 0.12 writes
+    them on disks as well.
     """
     for step in children(folder) if is_bucket(folder) else ():
         if step.name.isdigit() and not is_whole(step) and _was_committed(step):
-            (step / MARKER).write_text("copied whole from a disk")
+            items = [path for path in children(step) if path.is_dir()]
+            for path in [*items, step]:
+                (path / MARKER).write_text("copied from a disk")
 
 
 def _was_committed(step: epath.Path) -> bool:
