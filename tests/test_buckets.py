@@ -288,8 +288,6 @@ def test_a_run_in_a_bucket(folder, run):
     assert list((plugins / "profile").glob("*/*.xplane.pb"))
     _, info = read_weights(workdir)
     assert read_weights(workdir / "checkpoints" / "4")[1] == info
-    assert evaluate_workdir(small_config(), workdir)["top1"] == pytest.approx(info.metrics["top1"])
-    assert (workdir / "eval.json").exists()
 
 
 def test_expired_credentials_are_one_sentence(folder, server, run):
