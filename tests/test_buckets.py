@@ -345,7 +345,7 @@ def test_a_run_is_moved_to_a_bucket_and_its_weights_too(folder, run, straight):
     assert_same_end(workdir, straight)
     params, info = read_weights(workdir)
     jax.tree.map(np.testing.assert_array_equal, params, read_weights(straight)[0])
-    info = save_weights(folder / "weights", params, info)
+    info = save_weights(folder / "weights", params, dataclasses.replace(info, averaged=False))
     assert load_weights(folder / "weights")[1] == info
     with pytest.raises(UserError, match=rf"the output {folder}/weights exists"):
         save_weights(folder / "weights", params, info)
@@ -464,7 +464,7 @@ def test_requests_that_fail_are_tried_again(folder, server, run, straight):
 
 @pytest.mark.slow
 def test_a_slow_bucket(folder, server, run, straight):
-    server.faults = Faults(latency=2.0)
+    server.faults = Faults(latency=0.3)
     code, log = run().end()
     assert code == 0, log
     server.faults = Faults()
