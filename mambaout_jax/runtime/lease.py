@@ -192,13 +192,14 @@ def watch(bucket: Any, key: str, generation: int, holder: Owner, path: epath.Pat
 
 
 def read(bucket: Any, key: str) -> tuple[int, Owner | None]:
-    """Returns the generation and the owner of a lease; 0 and None where there is none."""
+    """Returns the generation and the owner of a lease; 0 where there is no object, None no owner."""
     blob = bucket.get_blob(key)
     if blob is None:
         return 0, None
-    found = blob.metadata or {}
-    names = [field.name for field in dataclasses.fields(Owner)]
-    return blob.generation, Owner(**{name: found.get(name, "unknown") for name in names})
+    names = {field.name for field in dataclasses.fields(Owner)}
+    found = {key: value for key, value in (blob.metadata or {}).items() if key in names}
+    # Without them it is no lease, but a copy of a lock from a disk.
+    return blob.generation, Owner(**found) if found.keys() == names else None
 
 
 def write(bucket: Any, key: str, owner: Owner, generation: int) -> int | None:
