@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mambaout_jax.models.mambaout import LayerNorm
+from mambaout_jax.models.layers import LayerNorm
 
 _NORM_MACS = 5  # for each element; fvcore calls it a rough estimate
 

@@ -1,4 +1,4 @@
-"""The variants: one immutable table of differences."""
+"""The variants of the network: one table."""
 
 import dataclasses
 
@@ -7,11 +7,20 @@ from mambaout_jax.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What makes a variant, and what was published of it.
+    """Options of a variant, and its published figures.
 
-    `params` counts the parameters with 1000 classes; `top1_224` and `top1_288` are the published
-    accuracies in percent at those sizes, None where nothing is trained; `image_size` is in pixels;
-    `crop_pct` is the evaluation crop's part of the resized picture's short side at that size.
+    Attributes:
+        depths: blocks of each stage.
+        widths: channels of each stage.
+        params: parameters with 1000 classes.
+        top1_224: published ImageNet top-1 in percent at 224 pixels; None if there is none.
+        top1_288: the same at 288 pixels.
+        expansion_ratio: hidden channels of a block, relative to its width.
+        conv_ratio: convolved channels of a block, relative to its width.
+        act: activation of stem and blocks, "gelu" or "silu".
+        rw: whether it is of timm's `_rw` series.
+        image_size: of training and evaluation, in pixels.
+        crop_pct: side of the evaluation crop, relative to the short side of the resized image.
     """
 
     depths: tuple[int, ...]
@@ -64,10 +73,10 @@ def list_models() -> list[str]:
 
 
 def find_variant(name: str) -> Variant:
-    """Returns the named variant.
+    """Returns a variant by name.
 
     Raises:
-        UserError: when there is none, with the nearest name and the known ones.
+        UserError: when there is no such variant; the message lists them.
     """
     if name in VARIANTS:
         return VARIANTS[name]

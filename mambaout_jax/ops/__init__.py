@@ -1,7 +1,18 @@
-"""Operations that XLA alone does not make fast."""
+"""The network's operations: those that XLA alone does not make fast."""
 
 from mambaout_jax.ops.activations import activate, gate_product
+from mambaout_jax.ops.dense import dense, merge_dense, split_dense
 from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
 from mambaout_jax.ops.norm import layer_norm
+from mambaout_jax.ops.sharded import on_mesh_of
 
-__all__ = ["activate", "depthwise_conv2d", "gate_product", "layer_norm"]
+__all__ = [
+    "activate",
+    "dense",
+    "depthwise_conv2d",
+    "gate_product",
+    "layer_norm",
+    "merge_dense",
+    "on_mesh_of",
+    "split_dense",
+]

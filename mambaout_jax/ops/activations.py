@@ -1,7 +1,7 @@
-"""GELU and SiLU, and the gate's product with one of them: computed in float32, rounded once.
+"""GELU and SiLU, and the gate's product: computed in float32 and rounded once.
 
-Their gradients are written out and keep nothing but the arguments: differentiated by JAX, a GELU
-in bfloat16 rounds its constants, and stores what is cheaper to compute again.
+Their gradients are written by hand and keep only the arguments. In JAX's own gradient of GELU in
+bfloat16 the constants are rounded, and values are stored that are cheaper to compute again.
 """
 
 import functools
@@ -11,9 +11,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mambaout_jax.errors import UserError
+
 
 def _gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the exact GELU of float32 x, by the error function, and its derivative."""
+    """Returns the exact GELU (by the error function) of float32 x, and its derivative."""
     cumulative = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
     density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     return x * cumulative, cumulative + x * density
@@ -25,13 +27,19 @@ def _silu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
 
 
-_WITH_DERIVATIVE: dict[str, Callable] = {"gelu": _gelu, "silu": _silu}
+_ACTIVATIONS: dict[str, Callable] = {"gelu": _gelu, "silu": _silu}
+
+
+def _with_derivative(act: str) -> Callable:
+    if act not in _ACTIVATIONS:
+        raise UserError(f"unknown activation {act!r} (known: {', '.join(_ACTIVATIONS)})")
+    return _ACTIVATIONS[act]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def activate(act: str, x: jax.Array) -> jax.Array:
-    """Returns the activation "gelu" (exact, by the error function) or "silu" of x, in x's dtype."""
-    return _WITH_DERIVATIVE[act](x.astype(jnp.float32))[0].astype(x.dtype)
+    """Returns the activation of x, in x's dtype: act is "gelu" (exact) or "silu"."""
+    return _with_derivative(act)(x.astype(jnp.float32))[0].astype(x.dtype)
 
 
 def _activate_forward(act: str, x: jax.Array):
@@ -39,7 +47,7 @@ def _activate_forward(act: str, x: jax.Array):
 
 
 def _activate_backward(act: str, x: jax.Array, dy: jax.Array):
-    derivative = _WITH_DERIVATIVE[act](x.astype(jnp.float32))[1]
+    derivative = _with_derivative(act)(x.astype(jnp.float32))[1]
     return ((derivative * dy.astype(jnp.float32)).astype(x.dtype),)
 
 
@@ -48,20 +56,20 @@ activate.defvjp(_activate_forward, _activate_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gate_product(act: str, gate: jax.Array, identity: jax.Array, conv: jax.Array) -> jax.Array:
-    """Returns act(gate) * concatenate(identity, conv) over the last axis, all of one dtype.
+    """Returns act(gate) * concatenate(identity, conv), the product of the Gated CNN block.
 
-    The Gated CNN block's product (the paper's Algorithm 1).
+    All arrays have the same dtype.
 
     Args:
-      act: "gelu" or "silu".
-      gate: [..., I + C].
-      identity: [..., I].
-      conv: [..., C].
+        act: "gelu" or "silu".
+        gate: [..., I + C].
+        identity: [..., I].
+        conv: [..., C].
 
     Returns:
-      [..., I + C].
+        [..., I + C].
     """
-    active = _WITH_DERIVATIVE[act](gate.astype(jnp.float32))[0]
+    active = _with_derivative(act)(gate.astype(jnp.float32))[0]
     return (active * _value(identity, conv)).astype(gate.dtype)
 
 
@@ -75,7 +83,7 @@ def _gate_product_forward(act: str, gate: jax.Array, identity: jax.Array, conv: 
 
 def _gate_product_backward(act: str, residuals, dy: jax.Array):
     gate, identity, conv = residuals
-    active, derivative = _WITH_DERIVATIVE[act](gate.astype(jnp.float32))
+    active, derivative = _with_derivative(act)(gate.astype(jnp.float32))
     dy = dy.astype(jnp.float32)
     dgate = (dy * derivative * _value(identity, conv)).astype(gate.dtype)
     dvalue = (dy * active).astype(gate.dtype)

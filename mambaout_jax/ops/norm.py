@@ -1,36 +1,37 @@
 """LayerNorm over channels, and its gradient in one pass over the maps."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import PartitionSpec
 
-from mambaout_jax.ops import norm_pallas_gpu
-from mambaout_jax.ops.sharded import batch_axes, on_mesh
+from mambaout_jax.ops.kernels import kernels_usable
+from mambaout_jax.ops.lowering import Target, call_for_target
+from mambaout_jax.ops.sharded import on_parts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Normalises over channels; statistics in float32, by two passes.
+    """Normalises over channels; computes mean and variance in float32 and in two passes.
 
     Reverse-mode differentiation only.
 
     Args:
-      x: [N, ..., C].
-      scale: float32 [C].
-      bias: float32 [C].
-      epsilon: is added to the variance.
-      dtype: the result's.
+        x: [N, ..., C].
+        scale: float32 [C].
+        bias: float32 [C].
+        epsilon: added to the variance.
+        dtype: of the normalised x.
 
     Returns:
-      x itself, and the normalised x of `dtype`. The gradient of a residual branch that starts from
-      this x is added where x's own is made, and costs no pass over the maps.
+        x itself and the normalised x. A residual branch should start from the returned x: its
+        gradient is then added in the same pass that computes the gradient of the norm.
     """
     normalised, _ = _normalise(x, epsilon)
     return x, (normalised * _per_channel(scale, x) + _per_channel(bias, x)).astype(dtype)
@@ -41,7 +42,7 @@ def _per_channel(array: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _normalise(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Returns x of mean 0 and variance 1, and the factor that made it so, in float32."""
+    """Returns x with mean 0 and variance 1, and 1 / standard deviation, both in float32."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     factor = lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
@@ -59,33 +60,26 @@ def _backward(epsilon, dtype, residuals, gradients):
     if isinstance(dy, SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)
     shortcuts = () if isinstance(shortcut, SymbolicZero) else (shortcut,)
-    return lax.platform_dependent(
-        x,
-        scale,
-        dy,
-        *shortcuts,
-        cuda=functools.partial(_backward_gpu, epsilon=epsilon),
-        default=functools.partial(_backward_xla, epsilon=epsilon),
-    )
+    gradient = functools.partial(call_for_target, _choose_gradient, xla_gradient, epsilon=epsilon)
+    split = (True, False, True, *(True for _ in shortcuts))
+    return on_parts(gradient, split, (True, False, False))(x, scale, dy, *shortcuts)
 
 
 layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _backward_gpu(x, scale, dy, *shortcut, epsilon, interpret=False):
-    axes = batch_axes(x)
-    maps, whole = PartitionSpec(axes), PartitionSpec()
+def _choose_gradient(target: Target) -> Callable:
+    if target.platform != "cuda" or not kernels_usable(target):
+        return xla_gradient
+    from mambaout_jax.ops import norm_pallas_gpu
 
-    def backward(*args):
-        dx, *sums = norm_pallas_gpu.backward(*args, epsilon=epsilon, interpret=interpret)
-        return dx, *(lax.psum(sums, axes) if axes else sums)
-
-    specs = (maps, whole, maps, *(maps for _ in shortcut))
-    return on_mesh(backward, specs, (maps, whole, whole))(x, scale, dy, *shortcut)
+    return norm_pallas_gpu.gradient
 
 
-def _backward_xla(x, scale, dy, *shortcut, epsilon):
-    """Returns the gradients of x, added to the shortcut's, of the scale and of the bias."""
+def xla_gradient(
+    x: jax.Array, scale: jax.Array, dy: jax.Array, *shortcut: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the gradients of x [..., C], plus the shortcut's, of scale and of bias, [C]."""
     normalised, factor = _normalise(x, epsilon)
     dy = dy.astype(jnp.float32)
     scaled = dy * _per_channel(scale, x)

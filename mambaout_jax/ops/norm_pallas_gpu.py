@@ -1,4 +1,4 @@
-"""Pallas kernel of LayerNorm's gradient for GPUs, compiled by Triton: each map is read once."""
+"""Pallas kernel of LayerNorm's gradient for GPUs, compiled by Triton; it reads each map once."""
 
 import functools
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-_PROGRAMS = 1056  # eight to each of an H200's multiprocessors
+_PROGRAMS = 1056  # eight for each multiprocessor of an H200
 _TILE = 2048  # elements
 
 
-def backward(
+def gradient(
     x: jax.Array,
     scale: jax.Array,
     dy: jax.Array,
@@ -28,7 +28,7 @@ def backward(
     programs = pl.cdiv(pixels, rows * steps)
     sums = jax.ShapeDtypeStruct((programs * channels,), jnp.float32)
     kernel = functools.partial(
-        _backward, tile=(rows, lanes), shape=(pixels, channels), steps=steps, epsilon=epsilon
+        _gradient, tile=(rows, lanes), shape=(pixels, channels), steps=steps, epsilon=epsilon
     )
     dx, dscale, dbias = pl.pallas_call(
         kernel,
@@ -42,8 +42,8 @@ def backward(
     return dx.reshape(x.shape), dscale, dbias
 
 
-def _backward(scale_ref, *refs, tile, shape, steps, epsilon):
-    """Writes dx of some rows of pixels, and their sums of dscale and dbias."""
+def _gradient(scale_ref, *refs, tile, shape, steps, epsilon):
+    """Writes dx of some rows of pixels, and the sums of dscale and dbias over them."""
     *inputs, dx_ref, dscale_ref, dbias_ref = refs
     pixels, channels = shape
     channel = jax.lax.broadcasted_iota(jnp.int32, tile, 1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from mambaout_jax.models.mambaout import DepthwiseConv
+from mambaout_jax.models.layers import DepthwiseConv
 from mambaout_jax.ops.depthwise import pallas_tpu
 from mambaout_jax.planning.program import Kernel
 from mambaout_jax.planning.topology import load_compiler, slice_devices

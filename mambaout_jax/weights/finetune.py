@@ -9,7 +9,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.models.mambaout import MambaOut, kernel_init
+from mambaout_jax.models.layers import kernel_init
+from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.weights.load import read_weights
 from mambaout_jax.weights.shapes import mismatches, param_shapes
 

@@ -1,15 +1,15 @@
-"""Depthwise convolution as shifted multiply-adds that XLA fuses into one loop: for CPUs.
+"""Depthwise convolution for CPUs: shifted multiply-adds, which XLA fuses into one loop.
 
-XLA's CPU backend runs a grouped convolution as scalar loops. Written out, its taps become one
-fused loop over the result with the channels in the vector lanes. All sums are in float32.
+XLA's CPU backend runs a grouped convolution as scalar loops. Written as one multiply-add a tap, it
+becomes one loop over the result with the channels in the vector lanes. Sums are in float32.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Positions of the map that one loop of the filter gradient writes out: more make a faster program
-# on small maps and a slower compilation on all.
+# Positions of the map that one step of the filter gradient's loop unrolls: more are faster on small
+# maps, and slower to compile on all.
 _UNROLLED_POSITIONS = 64
 
 
@@ -32,7 +32,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
     return forward(dy, kernel[::-1, ::-1])
 
 
-def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
+def filter_gradient(x: jax.Array, dy: jax.Array, *, kernel_size: int) -> jax.Array:
     """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
     batch, height, width, channels = x.shape
     rows, columns = _reach(kernel_size, height), _reach(kernel_size, width)
@@ -56,7 +56,7 @@ def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
 
 
 def _reach(kernel_size: int, size: int) -> int:
-    """Returns how many of the middle taps meet the map at all: the others see padding alone."""
+    """Returns how many of the middle taps can reach the map; the others see only padding."""
     return min(kernel_size, 2 * size - 1)
 
 

@@ -1,36 +1,32 @@
 """Depthwise convolution with a kernel for each platform, chosen when the program is lowered.
 
 XLA's own depthwise convolution dominates a MambaOut step on every platform; docs/performance.md
-has the figures. `depthwise_conv2d` is the one public function; its implementations lie beside it.
+has the figures. Each implementation is a module of this folder with the functions `forward`,
+`input_gradient` and `filter_gradient`, which one device calls; it is imported when it is used.
 """
 
+import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from mambaout_jax.errors import UserError
-from mambaout_jax.ops.depthwise import cpu, gpu, tpu, xla
+from mambaout_jax.errors import UserError, did_you_mean
+from mambaout_jax.ops.depthwise import xla
+from mambaout_jax.ops.kernels import kernels_usable, why_unusable
+from mambaout_jax.ops.lowering import Target, call_for_target
+from mambaout_jax.ops.sharded import on_parts
 
-_IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "xla": xla,
-    "shifted": cpu,
-    "pallas_gpu": gpu,
-    "pallas_tpu": tpu,
-}
-_BY_PLATFORM: dict[str, ModuleType] = {
-    "cpu": cpu,
-    "cuda": gpu,
-    "tpu": tpu,
-}
+_MODULES = {"xla": "xla", "shifted": "cpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+_KERNELS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}  # and their platforms
+_FASTEST = {"cpu": "shifted", "cuda": "pallas_gpu", "tpu": "pallas_tpu"}
 
 
 def implementations() -> list[str]:
     """Returns the names that `depthwise_conv2d` takes as its implementation."""
-    return ["auto", *_IMPLEMENTATIONS]
+    return ["auto", *_MODULES]
 
 
 def depthwise_conv2d(x: jax.Array, kernel: jax.Array, *, implementation: str = "auto") -> jax.Array:
@@ -41,21 +37,25 @@ def depthwise_conv2d(x: jax.Array, kernel: jax.Array, *, implementation: str = "
     Reverse-mode differentiation only: `jax.jvp` raises a TypeError that names `custom_vjp`.
 
     Args:
-      x: maps, [N, H, W, C], bfloat16 or float32.
-      kernel: filters, [k, k, 1, C], as `flax.linen.Conv` with `feature_group_count=C` stores them.
-      implementation: one of `implementations()`; "auto" is the fastest known for the platform that
-        the program is lowered for, whatever platform it is traced on.
+        x: maps, [N, H, W, C], bfloat16 or float32.
+        kernel: filters, [k, k, 1, C], as in `flax.linen.Conv` with `feature_group_count=C`.
+        implementation: one of `implementations()`. "auto" is the fastest known for the platform
+            that the program is lowered for, and "xla", with a warning, where that one cannot be
+            used. A kernel that is chosen by name runs in Pallas' interpreter, slowly, on other
+            platforms than its own.
 
     Returns:
-      Maps of x's shape and dtype.
+        Maps of x's shape and dtype.
 
     Raises:
-      UserError: for an unknown implementation, or shapes or dtypes other than those above.
+        UserError: for an unknown implementation, for shapes or dtypes other than those above, and
+            while lowering, when a kernel that is chosen by name cannot be used.
     """
     if implementation not in implementations():
         raise UserError(
-            f"Unknown depthwise implementation {implementation!r}: choose one of "
-            f"{', '.join(implementations())}."
+            f"unknown depthwise implementation {implementation!r}"
+            f"{did_you_mean(implementation, implementations())} "
+            f"(known: {', '.join(implementations())})"
         )
     _check(x, kernel)
     return _convolve(implementation, x, kernel)
@@ -65,51 +65,68 @@ def _check(x: jax.Array, kernel: jax.Array) -> None:
     if x.ndim != 4 or x.dtype not in (jnp.bfloat16, jnp.float32):
         raise UserError(
             "depthwise_conv2d expects x to be [N, H, W, C] in bfloat16 or float32, "
-            f"not {x.dtype}{list(x.shape)}: convert or reshape it."
+            f"not {x.dtype}{list(x.shape)}: convert or reshape it"
         )
     k = kernel.shape[0] if kernel.ndim else 0
     if kernel.shape != (k, k, 1, x.shape[-1]) or k % 2 == 0:
         raise UserError(
             f"depthwise_conv2d expects a kernel [k, k, 1, {x.shape[-1]}] with odd k for x with "
-            f"{x.shape[-1]} channels, not {list(kernel.shape)}: reshape or pad it."
+            f"{x.shape[-1]} channels, not {list(kernel.shape)}: reshape or pad it"
         )
     if kernel.dtype not in (jnp.float32, x.dtype):
         raise UserError(
             f"depthwise_conv2d expects the kernel in float32 or x's {x.dtype}, not {kernel.dtype}: "
-            "convert it."
+            "convert it"
         )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolve(implementation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _dispatch(implementation, lambda ops: ops.forward, x, kernel.astype(x.dtype))
+    forward = _function(implementation, "forward")
+    (y,) = on_parts(forward, (True, False), (True,))(x, kernel.astype(x.dtype))
+    return y
 
 
 def _convolve_forward(implementation: str, x: jax.Array, kernel: jax.Array):
     return _convolve(implementation, x, kernel), (x, kernel)
 
 
-def _convolve_backward(implementation: str, residuals, dy: jax.Array):
+def _convolve_backward(implementation: str, residuals: tuple[jax.Array, ...], dy: jax.Array):
     x, kernel = residuals
-    dx = _dispatch(implementation, lambda ops: ops.input_gradient, dy, kernel.astype(x.dtype))
-    size = kernel.shape[0]
-    dkernel = _dispatch(
-        implementation,
-        lambda ops: functools.partial(ops.filter_gradient, kernel_size=size),
-        x,
-        dy,
-    )
+    input_gradient = _function(implementation, "input_gradient")
+    filter_gradient = _function(implementation, "filter_gradient", kernel_size=kernel.shape[0])
+    (dx,) = on_parts(input_gradient, (True, False), (True,))(dy, kernel.astype(x.dtype))
+    (dkernel,) = on_parts(filter_gradient, (True, True), (False,))(x, dy)
     return dx, dkernel.astype(kernel.dtype)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _dispatch(
-    implementation: str, function: Callable[[ModuleType], Callable], *args: jax.Array
-) -> jax.Array:
-    """Calls one function of the implementation, or of the lowering platform's for "auto"."""
-    if implementation != "auto":
-        return function(_IMPLEMENTATIONS[implementation])(*args)
-    by_platform = {platform: function(ops) for platform, ops in _BY_PLATFORM.items()}
-    return lax.platform_dependent(*args, default=function(xla), **by_platform)
+def _function(implementation: str, name: str, **options: int) -> Callable:
+    """Returns a function of the implementation, which is chosen and imported at lowering."""
+    choose, reference = _Choice(implementation, name), getattr(xla, name)
+    return lambda *args: (call_for_target(choose, reference, *args, **options),)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """Chooses a function's implementation for a target."""
+
+    implementation: str
+    function: str
+
+    def __call__(self, target: Target) -> Callable:
+        name = self.implementation
+        if name == "auto":
+            name = _FASTEST.get(target.platform, "xla")
+            name = name if name not in _KERNELS or kernels_usable(target) else "xla"
+        module = importlib.import_module(f"mambaout_jax.ops.depthwise.{_MODULES[name]}")
+        function = getattr(module, self.function)
+        if name not in _KERNELS:
+            return function
+        if _KERNELS[name] != target.platform:
+            return functools.partial(function, interpret=True)
+        if reason := why_unusable(target):
+            raise UserError(f"depthwise={name!r} cannot be used, choose 'auto': {reason}")
+        return function

@@ -1,8 +1,9 @@
 """Pallas kernels of the depthwise convolution for GPUs, compiled by Triton.
 
-A tile is [rows, channels] of one column of the maps. Rows of all images lie one after another, so
-that a tap is another address, and a column, read and turned to float32 once, serves every tap that
-meets it. Each thread holds a few channels of a few neighbouring columns' sums in registers.
+A tile is [rows, channels] of one column of the maps. The rows of all images follow one another in
+memory, so that a tap is an address offset. A column is read and converted to float32 once, and used
+by every tap that needs it. Each thread keeps the sums of a few channels of a few neighbouring
+columns in registers.
 """
 
 import functools
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-_WIDE = 14  # columns that a program sums at once; half as many on maps no wider than that
+_WIDE = 14  # columns that a program sums at once; half as many on narrower maps
 _FILTER_TILE = (8, 64)  # rows of taps, channels
-_FILTER_ROWS = 16  # rows of the maps whose sums a program of the filter's gradient writes
+_FILTER_ROWS = 16  # rows of the maps that a program of the filter gradient sums
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -66,16 +67,16 @@ def _load(ref, index: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _quotient(index: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the quotient and the remainder of a number that is not negative."""
+    """Returns quotient and remainder of a number that is not negative."""
     divisor = jnp.int32(divisor)
     return jax.lax.div(index, divisor), jax.lax.rem(index, divisor)
 
 
-def _met_columns(x_ref, start, first_column, inside, size, columns, shape):
-    """Yields the tile of each column that taps meet, with its (tap, result) pairs.
+def _input_columns(x_ref, start, first_column, inside, size, columns, shape):
+    """Yields the tile of each input column, with the (tap, result) pairs that use it.
 
-    `start` and `inside` are the addresses in the first result's column and which of them exist.
-    Where one block spans the map, columns beside the map are left out.
+    `start` holds the addresses in the column of the first result, `inside` which of them exist. If
+    one block spans the map, columns outside the map are skipped.
     """
     *_, width, channels = shape
     edge = size // 2
@@ -90,7 +91,7 @@ def _met_columns(x_ref, start, first_column, inside, size, columns, shape):
 
 
 def _convolve(x_ref, kernel_ref, y_ref, *, size, shape, tile, columns):
-    """Writes a tile of results in each of a few columns."""
+    """Writes a tile of results for each of a few columns."""
     images, height, width, channels = shape
     edge = size // 2
     channel_block, column_block = _quotient(pl.program_id(0), pl.cdiv(width, columns))
@@ -102,12 +103,14 @@ def _convolve(x_ref, kernel_ref, y_ref, *, size, shape, tile, columns):
     start = (row * width + first_column) * channels + channel
 
     def add_row(i, sums):
-        met_row = own_row + i - edge
-        inside = exists & (met_row >= 0) & (met_row < height)
-        met = start + (i - edge) * width * channels
+        input_row = own_row + i - edge
+        inside = exists & (input_row >= 0) & (input_row < height)
+        input_start = start + (i - edge) * width * channels
         taps = [_load(kernel_ref, (i * size + j) * channels + channel, exists) for j in range(size)]
         sums = list(sums)
-        for values, pairs in _met_columns(x_ref, met, first_column, inside, size, columns, shape):
+        for values, pairs in _input_columns(
+            x_ref, input_start, first_column, inside, size, columns, shape
+        ):
             for tap, result in pairs:
                 sums[result] += values * taps[tap]
         return tuple(sums)
@@ -120,7 +123,7 @@ def _convolve(x_ref, kernel_ref, y_ref, *, size, shape, tile, columns):
 
 
 def _sum_taps(x_ref, dy_ref, gradient_ref, *, size, shape, tile, columns):
-    """Writes the sums over some rows of the maps; a tile is [rows of taps, channels]."""
+    """Writes the sums over a few rows of the maps; a tile is [rows of taps, channels]."""
     images, height, width, channels = shape
     edge = size // 2
     blocks = pl.cdiv(width, columns)
@@ -132,17 +135,19 @@ def _sum_taps(x_ref, dy_ref, gradient_ref, *, size, shape, tile, columns):
         step, column_block = _quotient(index, blocks)
         row = part * _FILTER_ROWS + step
         first_column = column_block * columns
-        met_row = _quotient(row, height)[1] + tap_row - edge
+        input_row = _quotient(row, height)[1] + tap_row - edge
         exists = (channel < channels) & (row < images * height)
-        inside = exists & (met_row >= 0) & (met_row < height) & (tap_row < size)
+        inside = exists & (input_row >= 0) & (input_row < height) & (tap_row < size)
         start = (row * width + first_column) * channels + channel
-        met = start + (tap_row - edge) * width * channels
+        input_start = start + (tap_row - edge) * width * channels
         gradients = [
             _load(dy_ref, start + column * channels, exists & (first_column + column < width))
             for column in range(columns)
         ]
         sums = list(sums)
-        for values, pairs in _met_columns(x_ref, met, first_column, inside, size, columns, shape):
+        for values, pairs in _input_columns(
+            x_ref, input_start, first_column, inside, size, columns, shape
+        ):
             for tap, result in pairs:
                 sums[tap] += values * gradients[result]
         return tuple(sums)
@@ -150,5 +155,5 @@ def _sum_taps(x_ref, dy_ref, gradient_ref, *, size, shape, tile, columns):
     sums = (jnp.zeros(tile, jnp.float32),) * size
     sums = jax.lax.fori_loop(0, _FILTER_ROWS * blocks, add_columns, sums)
     for tap, value in enumerate(sums):
-        place = (part * size + tap) * tile[0] + tap_row
-        plt.store(gradient_ref.at[place * channels + channel], value, mask=channel < channels)
+        row = (part * size + tap) * tile[0] + tap_row
+        plt.store(gradient_ref.at[row * channels + channel], value, mask=channel < channels)

@@ -1,10 +1,10 @@
 """Pallas TPU kernels of the depthwise convolution: channels in lanes, images in sublanes.
 
-Maps are [H, W, N, C] here, so that a tile holds 8 images by 128 channels of one pixel and a tap is
-another address, never a shuffle. XLA gives the maps around the kernel the same layout, and the
-transposition from NHWC costs nothing. A v5e's four vector units take two operations a tap, and
-docs/performance.md counts how near to that the kernels come. Code is kept short: XLA compiles each
-call anew.
+Maps are [H, W, N, C] here: a tile holds one pixel of 8 images and 128 channels, and a tap is an
+address offset, never a shuffle. XLA gives the maps around a kernel the same layout, so that the
+transposition from NHWC is free. The floor is two operations a tap on the four vector units of a
+v5e; docs/performance.md compares the kernels with it. The code is short because XLA compiles every
+call separately.
 """
 
 import functools
@@ -64,14 +64,14 @@ def filter_gradient(
 
 
 def _block_bytes(x: jax.Array, size: int, rows: int) -> int:
-    """Returns the VMEM that blocks of so many rows need: two of each map and the scratch."""
+    """Returns the bytes of VMEM for blocks of `rows` rows: two of each map, and the scratch."""
     pixel = _IMAGES * _LANES
     padded = (rows + size - 1) * (x.shape[1] + size - 1) * pixel * 4
     return padded + 2 * (2 * rows + size - 1) * x.shape[1] * pixel * x.dtype.itemsize
 
 
 def _rows(x: jax.Array, size: int) -> int:
-    """Returns the rows of a block: what fits, rather a divisor of the height than a little more."""
+    """Returns the rows of a block: as many as fit, or a divisor of H of at least half that."""
     height = x.shape[0]
     fitting = [rows for rows in range(1, height + 1) if _block_bytes(x, size, rows) <= _VMEM] or [1]
     divisors = [rows for rows in fitting if height % rows == 0]
@@ -93,9 +93,9 @@ def _padded_rows(x: jax.Array, rows: int, lanes: int, size: int):
 def _row_blocks(
     x: jax.Array, rows: int, lanes: int, size: int, order: Callable
 ) -> tuple[list[pl.BlockSpec], pl.BlockSpec]:
-    """Returns the blocks of x: each row above and below one, if any, then the rows themselves.
+    """Returns the blocks of x: the rows above and below a block, if any, and the block itself.
 
-    `order` sorts the grid's three indices into those of row block, images and channels.
+    `order` maps the grid's three indices to those of row block, images and channels.
     """
     height, width, _, _ = x.shape
 
@@ -117,7 +117,7 @@ def _row_blocks(
 
 
 def _pad_rows(refs: Sequence, padded, height: int, size: int) -> None:
-    """Writes the block of x with its rows above and below to `padded`, float32, zeros outside."""
+    """Copies a block of x and the rows around it to `padded`, in float32, with zeros outside."""
     *halos, x_ref = refs
     rows, width = x_ref.shape[:2]
     edge = size // 2
@@ -151,7 +151,7 @@ def _pad_rows(refs: Sequence, padded, height: int, size: int) -> None:
 
 
 def _fold_columns(width: int, body: Callable, carry):
-    """Folds body(first column, columns, carry) over parts of a row that registers can hold."""
+    """Folds body(first column, columns, carry) over parts of a row that fit into registers."""
     columns = max(part for part in range(1, _COLUMNS + 1) if width % part == 0)
     if 2 * columns >= min(width, _COLUMNS):
         return jax.lax.fori_loop(
@@ -163,12 +163,12 @@ def _fold_columns(width: int, body: Callable, carry):
 
 
 def _taps(columns: int, width: int, size: int) -> list[tuple[int, list[tuple[int, int]]]]:
-    """Lists each padded column that a part of a row meets, with its (tap, result) pairs."""
+    """Lists the padded columns for a part of a row, with the (tap, result) pairs that use them."""
     edge = size // 2
-    met = range(edge, edge + width) if columns == width else range(columns + 2 * edge)
+    used = range(edge, edge + width) if columns == width else range(columns + 2 * edge)
     return [
         (column, [(tap, column - tap) for tap in range(size) if 0 <= column - tap < columns])
-        for column in met
+        for column in used
     ]
 
 
@@ -216,7 +216,7 @@ def _filter_gradient_kernel(*refs, height: int, size: int) -> None:
                     sums[i * size + tap] += value * dy[result]
         return tuple(sums)
 
-    # The rows of dy below the map hold anything.
+    # Rows of dy below the map are undefined.
     inside = rows if height % rows == 0 else jnp.minimum(rows, height - row_block * rows)
     for first in range(0, size, _TAP_ROWS):
         taps = range(first * size, min(first + _TAP_ROWS, size) * size)

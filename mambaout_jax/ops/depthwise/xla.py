@@ -1,6 +1,6 @@
-"""Depthwise convolution as one `lax.conv_general_dilated`: the reference on every platform.
+"""Depthwise convolution as one `lax.conv_general_dilated`: the reference, for every platform.
 
-All functions take maps and kernels of one dtype.
+Maps and kernel have the same dtype.
 """
 
 import jax
@@ -27,10 +27,10 @@ def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
     return dx
 
 
-def filter_gradient(x: jax.Array, dy: jax.Array, kernel_size: int) -> jax.Array:
+def filter_gradient(x: jax.Array, dy: jax.Array, *, kernel_size: int) -> jax.Array:
     """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C].
 
-    XLA rounds it to x's dtype on the way.
+    XLA rounds it to x's dtype before it is returned in float32.
     """
     kernel = jax.ShapeDtypeStruct((kernel_size, kernel_size, 1, x.shape[-1]), x.dtype)
     (dkernel,) = jax.linear_transpose(lambda kernel: forward(x, kernel), kernel)(dy)

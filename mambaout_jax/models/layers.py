@@ -1,0 +1,115 @@
+"""The network's layers. Parameters are float32; `dtype` is the type of the computation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mambaout_jax.ops import (
+    dense,
+    depthwise_conv2d,
+    layer_norm,
+    merge_dense,
+    on_mesh_of,
+    split_dense,
+)
+
+# torch's trunc_normal_(std=0.02) cuts at +-2; JAX takes the cut in standard deviations.
+kernel_init = nn.initializers.truncated_normal(0.02, lower=-2 / 0.02, upper=2 / 0.02)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over channels, epsilon 1e-6, with float32 statistics.
+
+    The variance is the mean of (x - mean)^2: the faster E[x^2] - E[x]^2 is not exact enough.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, with_shortcut: bool = False) -> Any:
+        """[..., C] to [..., C]; `with_shortcut` returns (x, that), x to start a residual from."""
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:])
+        shortcut, y = layer_norm(x, scale, bias, 1e-6, self.dtype)
+        return (shortcut, y) if with_shortcut else y
+
+
+def _promote(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, dtype: Any) -> list[jax.Array]:
+    return nn.dtypes.promote_dtype(x, on_mesh_of(x, kernel), bias, dtype=dtype)
+
+
+class Conv3x3Stride2(nn.Conv):
+    """3x3 convolution of stride 2 that pads one pixel on each side, which "SAME" does not."""
+
+    kernel_size: int | Sequence[int] = (3, 3)
+    strides: int | Sequence[int] | None = (2, 2)
+    padding: Any = ((1, 1), (1, 1))
+    kernel_init: Any = kernel_init
+    promote_dtype: Any = _promote
+
+
+class Dense(nn.Module):
+    """Dense layer with the reference's initialisation."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] to [..., features]."""
+        return dense(x.astype(self.dtype), *_weights(self, x.shape[-1], self.features))
+
+
+class SplitDense(nn.Module):
+    """Dense layer to the block's 2 * hidden channels, split as `ops.split_dense` says."""
+
+    hidden: int
+    conv: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[..., C] to gate [..., hidden], identity [..., hidden - conv] and conv [..., conv]."""
+        weights = _weights(self, x.shape[-1], 2 * self.hidden)
+        return split_dense(x.astype(self.dtype), *weights, self.conv)
+
+
+class MergeDense(nn.Module):
+    """Dense layer from the block's hidden channels, as `ops.split_dense` leaves them."""
+
+    features: int
+    hidden: int
+    conv: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., hidden] to [..., features]."""
+        weights = _weights(self, self.hidden, self.features)
+        return merge_dense(x.astype(self.dtype), *weights, self.conv)
+
+
+def _weights(module: nn.Module, inputs: int, features: int) -> tuple[jax.Array, jax.Array]:
+    kernel = module.param("kernel", kernel_init, (inputs, features))
+    return kernel, module.param("bias", nn.initializers.zeros_init(), (features,))
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution with bias and stride 1; keeps height and width."""
+
+    kernel_size: int = 7
+    implementation: str = "auto"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, H, W, C] to [N, H, W, C]."""
+        channels = x.shape[-1]
+        shape = (self.kernel_size, self.kernel_size, 1, channels)
+        kernel = self.param("kernel", kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        y = depthwise_conv2d(x.astype(self.dtype), kernel, implementation=self.implementation)
+        return y + bias.astype(self.dtype).reshape(1, 1, 1, channels)

@@ -1,0 +1,64 @@
+"""Dense layers, and the two of the Gated CNN block, whose hidden channels are padded.
+
+The block's hidden channels are of two kinds: the last ones of the gate and of the value go with the
+convolution, those before them with the identity. Matrix units want rows of whole 16 bytes, which
+the 341 or 1365 hidden channels of mambaout_base are not. So `split_dense` pads the identity's
+channels with zeros, in the gate and in the value, and `merge_dense` ignores them. The kernels keep
+the shapes that they have without padding.
+
+Kernels and biases are rounded to x's dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mambaout_jax.ops.sharded import on_mesh_of
+
+_MULTIPLE = 8  # channels of 2 bytes
+
+
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns x @ kernel + bias, [..., O], for x [..., I], kernel [I, O] and bias [O]."""
+    y = x @ on_mesh_of(x, kernel).astype(x.dtype)
+    return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def split_dense(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, conv: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `dense`, split into the gate, the identity's channels and the convolution's.
+
+    Args:
+        x: [..., I].
+        kernel: [I, 2 H].
+        bias: [2 H].
+        conv: the convolution's channels, at most H.
+
+    Returns:
+        The gate [..., H + P], the identity's channels [..., H - conv + P] and the convolution's
+        [..., conv]; P of the channels are zero.
+    """
+    hidden = bias.shape[0] // 2
+    padding = -(hidden - conv) % _MULTIPLE
+    if padding:
+        for place in (2 * hidden - conv, hidden - conv):
+            kernel = _insert_zeros(kernel, place, padding, axis=1)
+            bias = _insert_zeros(bias, place, padding, axis=0)
+    places = (hidden + padding, 2 * (hidden + padding) - conv)
+    gate, identity, convolved = jnp.split(dense(x, kernel, bias), places, axis=-1)
+    return gate, identity, convolved
+
+
+def merge_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, conv: int) -> jax.Array:
+    """Returns `dense` of x [..., H + P] as `split_dense` pads it, for a kernel [H, O]: [..., O]."""
+    hidden = kernel.shape[0]
+    padding = x.shape[-1] - hidden
+    if padding:
+        kernel = _insert_zeros(kernel, hidden - conv, padding, axis=0)
+    return dense(x, kernel, bias)
+
+
+def _insert_zeros(array: jax.Array, place: int, width: int, axis: int) -> jax.Array:
+    before, after = jnp.split(array, (place,), axis=axis)
+    shape = (*array.shape[:axis], width, *array.shape[axis + 1 :])
+    return jnp.concatenate((before, jnp.zeros(shape, array.dtype), after), axis=axis)

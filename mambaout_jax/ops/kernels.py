@@ -1,0 +1,65 @@
+"""Where the Pallas kernels can be used; elsewhere XLA's own operations are, with one warning."""
+
+import functools
+import importlib
+import logging
+
+import jax
+
+from mambaout_jax.ops.lowering import Target
+
+logger = logging.getLogger(__name__)
+
+_LEAST_CAPABILITY = (8, 0)  # of the GPUs that Pallas' Triton backend compiles for
+
+
+def kernels_usable(target: Target) -> bool:
+    """Returns whether the kernels of the target's platform can be used; if not, warns once."""
+    reason = why_unusable(target)
+    if reason:
+        _warn_once(
+            "using XLA's slower depthwise convolutions and layer norm gradients instead of the "
+            f"{target.platform} kernels: {reason}"
+        )
+    return not reason
+
+
+def why_unusable(target: Target) -> str:
+    """Returns why the kernels of "cuda" or "tpu" cannot be used for the target, "" if they can."""
+    if target.devices > 1:
+        return (
+            f"XLA cannot split a kernel over {target.devices} devices; call the model inside "
+            "`with jax.set_mesh(mesh):`, or with images that jax.device_put has put on the mesh"
+        )
+    return _why_no_triton() if target.platform == "cuda" else ""
+
+
+def _why_no_triton() -> str:
+    try:
+        triton = importlib.import_module("jax.experimental.pallas.triton")
+    except ImportError:
+        return f"jax {jax.__version__} has no jax.experimental.pallas.triton"
+    capability = _compute_capability()
+    if capability is None:
+        # From jax 0.11 on, kernels are compiled for the GPU of this machine alone.
+        anywhere = not hasattr(triton, "get_gpu_info")
+        return "" if anywhere else f"jax {jax.__version__} compiles them only where a GPU is"
+    if capability < _LEAST_CAPABILITY:
+        least, found = (".".join(map(str, pair)) for pair in (_LEAST_CAPABILITY, capability))
+        return f"they need a GPU of compute capability {least} or higher, and this one has {found}"
+    return ""
+
+
+def _compute_capability() -> tuple[int, int] | None:
+    """Returns the lowest compute capability of this process's NVIDIA GPUs, None without any."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return None
+    pairs = [device.compute_capability.split(".") for device in devices]
+    return min((int(major), int(minor)) for major, minor in pairs)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
