@@ -192,7 +192,7 @@ def watch(bucket: Any, key: str, generation: int, holder: Owner, path: epath.Pat
 
 
 def read(bucket: Any, key: str) -> tuple[int, Owner | None]:
-    """Returns the generation and the owner of a lease; 0 without an object, None without an owner."""
+    """Returns the generation and the owner of a lease; 0 and None where there is no object."""
     blob = bucket.get_blob(key)
     if blob is None:
         return 0, None
