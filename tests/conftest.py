@@ -8,20 +8,21 @@ import os
 import shutil
 import tempfile
 
+from compiler_flags import FAST_COMPILATION
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The tests spend most of their time in the compiler: unoptimised code compiles in half the time.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
+        FAST_COMPILATION,
     )
 )
 # A program that several tests need, or the processes that they start, is compiled once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mambaout_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest

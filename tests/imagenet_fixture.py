@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from compiler_flags import FAST_COMPILATION
 from PIL import Image
 
 LABELS_FILE = tfds.core.tfds_path("datasets/imagenet2012/labels.txt")
@@ -75,7 +76,7 @@ def train_tiny(directory: Path, workdir: Path, batch_size: int = 16) -> str:
     }
     command = [sys.executable, "main.py", "--config=configs/tiny.py", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in options.items()]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILATION}
     root = Path(__file__).parents[1]
     done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, timeout=300

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import small_run
+from compiler_flags import FAST_COMPILATION
 from etils import epath
 from imagenet_fixture import jpeg, train_tiny, write_imagenet
 
@@ -41,7 +42,7 @@ def run_main(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "main.py", *arguments],
         cwd=small_run.ROOT,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | environment,
+        env=os.environ | {"XLA_FLAGS": FAST_COMPILATION} | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -133,7 +134,7 @@ def test_two_processes_of_one_device_equal_one_process_of_eight(finished, tmp_pa
             process = subprocess.Popen(
                 [sys.executable, *command, *keys],
                 cwd=small_run.ROOT,
-                env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | cluster,
+                env=os.environ | {"XLA_FLAGS": FAST_COMPILATION} | cluster,
                 stderr=log,
             )
         started.append(process)

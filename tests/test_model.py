@@ -1,6 +1,7 @@
 """The network against the reference's recorded answers, and over the whole table of variants."""
 
 import dataclasses
+import functools
 
 import golden
 import jax
@@ -41,6 +42,11 @@ def tiny_model(size=(32, 32), **options):
     return model, {"params": golden.params(model)}, images
 
 
+def answer(model, params, images, **options):
+    """Returns the model's answer, compiled: much sooner than one operation at a time."""
+    return jax.jit(functools.partial(model.apply, **options))(params, images)
+
+
 def test_every_variant_is_pinned():
     assert set(mambaout_jax.list_models()) == set(PARAMS) == set(VARIANTS)
 
@@ -63,7 +69,7 @@ def test_answers_equal_the_reference(case):
     labels = answers["labels"].astype(np.int32)
 
     @jax.jit
-    def answer(params):
+    def recorded(params):
         def loss(params):
             maps = model.apply({"params": params}, images, method="features")
             logits = model.apply({"params": params}, maps[-1], method=lambda net, x: net.head(x))
@@ -74,7 +80,7 @@ def test_answers_equal_the_reference(case):
         return logits, value, grads, maps
 
     with jax.default_matmul_precision("highest"):
-        logits, loss, grads, maps = answer(params)
+        logits, loss, grads, maps = recorded(params)
     np.testing.assert_allclose(logits, answers["logits"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(loss, answers["loss"], rtol=1e-5)
     for i, features in enumerate(maps):
@@ -94,10 +100,10 @@ def test_answers_equal_the_reference(case):
 def test_any_size(size):
     model, params, images = tiny_model(size=size)
     height, width = size
-    maps = model.apply(params, images, method="features")
+    maps = answer(model, params, images, method="features")
     strides = (4, 8, 16, 32)
     assert [m.shape[1:3] for m in maps] == [(-(-height // s), -(-width // s)) for s in strides]
-    assert np.isfinite(model.apply(params, images)).all()
+    assert np.isfinite(answer(model, params, images)).all()
 
 
 def test_too_small_images_are_refused():
@@ -117,7 +123,8 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     logits = model.apply(params, images)
     assert logits.dtype == jnp.float32
-    assert model.apply(params, images, method="features")[-1].dtype == jnp.bfloat16
+    maps = jax.eval_shape(functools.partial(model.apply, method="features"), params, images)
+    assert maps[-1].dtype == jnp.bfloat16
     exact = dataclasses.replace(model, dtype=jnp.float32).apply(params, images)
     assert 0 < jnp.abs(logits - exact).max() < 0.05 * jnp.abs(exact).max()
 
@@ -131,9 +138,9 @@ def test_drop_path_rises_linearly_over_all_blocks():
 def test_drop_path_keeps_or_drops_whole_samples():
     block = GatedCNNBlock(drop_path_rate=0.25)
     x = jax.random.normal(jax.random.key(1), (400, 3, 3, 4))
-    params = block.init(jax.random.key(0), x)
-    branch = block.apply(params, x) - x
-    dropped = block.apply(params, x, train=True, rngs={"dropout": jax.random.key(2)}) - x
+    params = jax.jit(block.init)(jax.random.key(0), x)
+    branch = answer(block, params, x) - x
+    dropped = answer(block, params, x, train=True, rngs={"dropout": jax.random.key(2)}) - x
     kept = np.abs(dropped).max(axis=(1, 2, 3)) > 0
     np.testing.assert_allclose(dropped[kept], branch[kept] / 0.75, rtol=1e-4, atol=1e-6)
     assert abs(kept.mean() - 0.75) < 0.07
@@ -141,8 +148,8 @@ def test_drop_path_keeps_or_drops_whole_samples():
 
 def test_head_dropout_acts_in_training_alone():
     model, params, images = tiny_model(head_dropout_rate=0.5)
-    train = model.apply(params, images, train=True, rngs={"dropout": jax.random.key(2)})
-    assert jnp.abs(train - model.apply(params, images)).max() > 0
+    train = answer(model, params, images, train=True, rngs={"dropout": jax.random.key(2)})
+    assert jnp.abs(train - answer(model, params, images)).max() > 0
 
 
 def test_remat_recomputes_and_changes_nothing():
@@ -161,12 +168,12 @@ def test_remat_recomputes_and_changes_nothing():
 def test_no_head():
     model, params, images = tiny_model(num_classes=0, size=(64, 64))
     assert "head" not in params["params"]
-    assert model.apply(params, images).shape == (2, 2, 2, 24)
+    assert answer(model, params, images).shape == (2, 2, 2, 24)
 
 
 def test_initialisation_is_the_references():
     model, _, images = tiny_model(widths=(8, 12, 16, 64), num_classes=100)
-    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     assert abs(params["head"]["fc2"]["kernel"].std() - 0.02) < 4e-4
     assert abs(params["stages_3"]["blocks_0"]["conv"]["kernel"].std() - 0.02) < 1e-3
     assert not params["head"]["fc2"]["bias"].any()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compiler_flags import FAST_COMPILATION
 from small_run import train
 
 from mambaout_jax import config as configuration
@@ -54,9 +55,7 @@ class Launch:
                 "JAX_PROCESS_ID": str(index),
             }
             environment = (
-                os.environ
-                | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-                | (cluster if count > 1 else {})
+                os.environ | {"XLA_FLAGS": FAST_COMPILATION} | (cluster if count > 1 else {})
             )
             own = (keys or {}).get(index, ())
             command = [sys.executable, *program, *KEYS, f"--workdir={folder / 'run'}", *own]

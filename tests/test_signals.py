@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from compiler_flags import FAST_COMPILATION
 from small_run import ROOT, SMALL
 
 from mambaout_jax.weights.store import load_weights
@@ -26,7 +27,7 @@ class Command:
             self.process = subprocess.Popen(
                 [*command, *KEYS, *keys, f"--workdir={folder / 'run'}"],
                 cwd=ROOT,
-                env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+                env=os.environ | {"XLA_FLAGS": FAST_COMPILATION},
                 stderr=file,
                 start_new_session=True,
             )
