@@ -1,10 +1,12 @@
 """Packaging of mambaout_jax."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Makes training pictures sooner, to the same pixels; a new Python goes without until these follow.
+HERE = Path(__file__).parent
+# Makes training images faster, with the same pixels; not yet available for every Python.
 fast = [
     "numba>=0.63; python_version < '3.15'",
     "turbojpeg>=0.0.2; python_version < '3.14' and platform_machine in 'x86_64 AMD64'",
@@ -21,6 +23,7 @@ extras = {
     "gcs": gcs,
     "prepare": ["tensorflow", "apache-beam", "mlcroissant", "importlib_resources"],
     "export": ["flatbuffers>=24"],
+    # gradio requires pillow<13: install this extra in an environment of its own.
     "demo": ["gradio>=5"],
     "examples": ["scikit-image>=0.25"],
     "docs": ["mkdocs>=1.6"],
@@ -46,9 +49,9 @@ extras = {
 
 setup(
     name="mambaout_jax",
-    version="0.1.0",
+    version=runpy.run_path(str(HERE / "mambaout_jax" / "version.py"))["__version__"],
     description="MambaOut in Flax: exact to the PyTorch reference, trained with jit and sharding.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -1,9 +1,9 @@
-"""What a class rests on: a heat map over the picture.
+"""A class activation map: which positions of an image support a class.
 
-The map is gradient times activation, summed over channels (Grad-CAM, Selvaraju et al. 2017, with
-the gradient at each position and without the cut at zero): each position's part in the first-order
-change of the class' logit when a stage's activations are scaled. A class activation map proper is
-impossible: an MLP, not one dense layer, follows the mean over positions.
+The map is HiResCAM (Draelos and Carin, 2020): gradient times activation, summed over channels, here
+without the cut at zero. It is each position's first-order contribution to the class's logit when
+the activations of a stage are scaled. The original class activation map (Zhou et al., 2016) needs a
+head of one dense layer after the mean over positions; this head is an MLP.
 """
 
 import functools
@@ -15,17 +15,17 @@ import numpy as np
 
 from mambaout_jax.models.mambaout import MambaOut
 
-_FINE_ENOUGH = 7  # positions a side, which the last stage has at 224 pixels
+_MIN_SIDE = 7  # positions; the last stage has 7 x 7 at 224 pixels
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def evidence_map(
+def class_activation_map(
     params: Any, images: jax.Array, classes: jax.Array, *, model: MambaOut
 ) -> jax.Array:
-    """Computes each position's part in a class' logit.
+    """Computes each position's contribution to the logit of a class.
 
-    The last stage is asked or, where the images are too small for 7 x 7 positions there, the last
-    one that has them: at 224 pixels the map is the last stage's, at 32 the first one's, 8 x 8.
+    The map is of the last stage with at least 7 x 7 positions: at 224 pixels of the last stage, at
+    32 pixels of the first, 8 x 8.
 
     Args:
         params: the network's weights.
@@ -34,12 +34,12 @@ def evidence_map(
         model: the network, with a head.
 
     Returns:
-        float32 [N, h, w], the stage's height and width; negative where a position speaks against
-        the class.
+        float32 [N, h, w], the height and width of the stage; negative where a position lowers the
+        logit.
     """
     variables = {"params": params}
     maps = model.apply(variables, images, method="features")
-    level = max((i for i, x in enumerate(maps) if min(x.shape[1:3]) >= _FINE_ENOUGH), default=0)
+    level = max((i for i, x in enumerate(maps) if min(x.shape[1:3]) >= _MIN_SIDE), default=0)
 
     def rest(network: MambaOut, x: jax.Array) -> jax.Array:
         for stage in network.stages[level + 1 :]:
@@ -54,11 +54,11 @@ def evidence_map(
     return jnp.sum(jax.grad(logit)(features) * features, axis=-1).astype(jnp.float32)
 
 
-def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Paints the positive part of a heat map over a picture, dark to bright.
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Blends an image with the positive part of a map, in colours from dark to bright.
 
     Args:
-        picture: uint8 [H, W, 3].
+        image: uint8 [H, W, 3].
         heat: float [h, w].
 
     Returns:
@@ -67,11 +67,11 @@ def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
     import matplotlib
     from PIL import Image
 
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     heat = np.maximum(heat, 0) / max(float(heat.max()), 1e-12)
-    fine = Image.fromarray(heat.astype(np.float32)).resize(
+    resized = Image.fromarray(heat.astype(np.float32)).resize(
         (width, height), Image.Resampling.BICUBIC
     )
-    strength = np.clip(np.asarray(fine), 0, 1)
+    strength = np.clip(np.asarray(resized), 0, 1)
     colours = matplotlib.colormaps["inferno"](strength)[..., :3] * 255
-    return (0.5 * picture + 0.5 * colours).astype(np.uint8)
+    return (0.5 * image + 0.5 * colours).astype(np.uint8)

@@ -1,42 +1,82 @@
 """MambaOut in Flax: the models, their weights and their preprocessing.
 
-Importing this costs what jax and flax cost; the data stack, the hub, plotting and torch load where
-they are used.
+Importing it takes no longer than importing jax and flax: checkpoints, the hub, Pillow and torch are
+imported by the functions that need them.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from mambaout_jax.models.mambaout import create_model
+from mambaout_jax.data.preprocess import Preprocessing, normalize, preprocess_image
+from mambaout_jax.errors import UserError
+from mambaout_jax.models import mambaout as _mambaout
+from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.models.pretrained import list_pretrained, preprocessing
 from mambaout_jax.models.variants import list_models
+from mambaout_jax.version import __version__
 from mambaout_jax.weights.torch_layout import from_torch, to_torch
 
 if TYPE_CHECKING:
-    from mambaout_jax.data.preprocess import preprocess_image
+    from mambaout_jax.inference.predictor import Predictor
     from mambaout_jax.weights.load import load_pretrained, read_weights
 
 __all__ = [
+    "MambaOut",
+    "Predictor",
+    "Preprocessing",
+    "UserError",
+    "__version__",
     "create_model",
     "from_torch",
     "list_models",
     "list_pretrained",
     "load_pretrained",
+    "normalize",
     "preprocess_image",
     "preprocessing",
     "read_weights",
     "to_torch",
 ]
 
-# Public names whose modules load on first use.
+# Public names that are imported on first use.
 _LAZY = {
+    "Predictor": "mambaout_jax.inference.predictor",
     "load_pretrained": "mambaout_jax.weights.load",
-    "preprocess_image": "mambaout_jax.data.preprocess",
     "read_weights": "mambaout_jax.weights.load",
 }
+
+
+@overload
+def create_model(name: str, *, pretrained: Literal[False] = False, **options: Any) -> MambaOut: ...
+@overload
+def create_model(
+    name: str, *, pretrained: Literal[True], **options: Any
+) -> tuple[MambaOut, dict[str, Any]]: ...
+def create_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
+    """Returns the module of a variant, or the module and its pretrained weights.
+
+    Args:
+        name: a variant's name, see `list_models`; with `pretrained` also a name of published
+            weights, see `list_pretrained`.
+        pretrained: whether to return weights too, as `load_pretrained` does.
+        **options: `num_classes`, `drop_path_rate`, `head_dropout_rate`, `dtype` or other fields of
+            `MambaOut`; with `pretrained` also the options of `load_pretrained`.
+
+    Raises:
+        UserError: the name or an option is unknown, or the weights cannot be read.
+    """
+    if pretrained:
+        from mambaout_jax.weights.load import load_pretrained
+
+        return load_pretrained(name, **options)
+    return _mambaout.create_model(name, **options)
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

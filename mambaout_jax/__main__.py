@@ -2,41 +2,63 @@
 
 import argparse
 import importlib
+import io
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
 
 from mambaout_jax.errors import UserError
+from mambaout_jax.version import __version__
 
-# Each has a file of its name in mambaout_jax/cli: SUMMARY, add_arguments(parser) and
-# run(args) -> exit status. What is heavy is imported in run.
+# Each command is a module in mambaout_jax/cli with SUMMARY, EXAMPLE, add_arguments(parser) and
+# run(args) -> exit status. Slow imports happen in run.
 COMMANDS = ("predict", "models", "summary", "validate", "export", "flops")
+PROGRAM = "python -m mambaout_jax"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status; a user's mistake is told in one line."""
-    parser = argparse.ArgumentParser(prog="python -m mambaout_jax", description="Uses MambaOut.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    modules = {name: importlib.import_module(f"mambaout_jax.cli.{name}") for name in COMMANDS}
-    for name, module in modules.items():
-        subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
-        module.add_arguments(subparser)
-    args = parser.parse_args(argv)
+    """Runs a command and returns the exit status; a user's mistake is printed as one line."""
+    args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
-    # Of a large picture; one that is too large is an error.
+    # Pillow's warning about large images; one that is too large is an error.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be valid UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return modules[args.command].run(args)
+        return importlib.import_module(f"mambaout_jax.cli.{args.command}").run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of the output, such as `head`, has gone
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         sys.stderr.close()
         return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands; each --help ends with an example."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Uses MambaOut: classifies images, evaluates and exports networks.",
+        epilog=f"example:\n  {PROGRAM} predict photo.jpg --weights=mambaout_tiny",
+        formatter_class=raw,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"mambaout_jax.cli.{name}")
+        subparser = subparsers.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.SUMMARY,
+            epilog=f"example:\n  {PROGRAM} {name} {module.EXAMPLE}",
+            formatter_class=raw,
+        )
+        module.add_arguments(subparser)
+    return parser
 
 
 if __name__ == "__main__":

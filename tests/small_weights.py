@@ -1,4 +1,4 @@
-"""A small network's weights by numpy, as a checkpoint on disk, and pictures to show it."""
+"""A small network's weights from numpy, as a checkpoint on disk, and images of noise."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from mambaout_jax.data.preprocess import Preprocessing
-from mambaout_jax.weights.store import WeightsInfo, save_weights
+from mambaout_jax.weights.info import WeightsInfo
+from mambaout_jax.weights.store import save_weights
 
 INFO = WeightsInfo(
     model="test_mambaout",
@@ -25,16 +26,16 @@ def write(directory: Path, seed: int = 0, **changes) -> Path:
     return directory
 
 
-def picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
-    """Returns a picture of noise, of Pillow size (width, height)."""
+def image(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """Returns an image of noise, of Pillow size (width, height)."""
     pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), np.uint8)
     return Image.fromarray(pixels)
 
 
-def write_pictures(folder: Path, count: int) -> list[Path]:
-    """Writes pictures of noise and returns their files."""
+def write_images(folder: Path, count: int) -> list[Path]:
+    """Writes images of noise and returns their files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{number:02d}.png" for number in range(count)]
     for number, file in enumerate(files):
-        picture(number).save(file)
+        image(number).save(file)
     return files

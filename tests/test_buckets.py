@@ -506,7 +506,7 @@ def test_commands_read_weights_from_a_bucket(folder, run, straight):
     image = ROOT / "docs/images/coins.png"
     done = {
         model: subprocess.run(
-            [sys.executable, "-m", "mambaout_jax", "predict", str(image), f"--model={model}"],
+            [sys.executable, "-m", "mambaout_jax", "predict", str(image), f"--weights={model}"],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -1,5 +1,7 @@
-"""The demo in a real Chromium: upload a file, read the classes, see the heat map."""
+"""The demo in a real Chromium: upload a file, read the classes, see the activation map."""
 
+import contextlib
+import http.client
 import os
 import runpy
 import shutil
@@ -31,13 +33,13 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(weights, tmp_path_factory):
-    """The page's address and the port that it holds."""
+    """The page's address, and its port."""
     pytest.importorskip("gradio", reason="the demo needs gradio (extra: demo)")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "log.txt"
-    command = [sys.executable, str(APP), f"--model={weights}", f"--port={port}"]
+    command = [sys.executable, str(APP), f"--weights={weights}", f"--port={port}"]
     with log.open("w") as output:
         server = subprocess.Popen(command, env=environment(), stdout=output, stderr=output)
     try:
@@ -72,7 +74,7 @@ def browser():
 
 
 def upload(browser, url, file):
-    """Opens the page, uploads a file and submits it; returns what waits for the page."""
+    """Opens the page, uploads a file and submits it; returns an object that waits for the page."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -89,14 +91,14 @@ def text_of(browser):
     return browser.find_element("tag name", "body").text
 
 
-def test_upload_classes_and_heat_map(page, browser, weights, tmp_path):
-    file = tmp_path / "picture.png"
-    small_weights.picture(0).convert("L").save(file)
+def test_upload_classes_and_activation_map(page, browser, weights, tmp_path):
+    file = tmp_path / "image.png"
+    small_weights.image(0).convert("L").save(file)
     wait = upload(browser, page[0], file)
     wait.until(lambda b: "%" in text_of(b))
     (prediction,) = Predictor.load(weights).predict_files([file])
     lines = text_of(browser).splitlines()
-    shown = [line for line in lines if line in NAMES][1:]  # the best one stands above as well
+    shown = [line for line in lines if line in NAMES][1:]  # the best one is shown above as well
     assert shown == [guess.label for guess in prediction.best]
     assert f"{prediction.best[0].probability:.0%}" in lines
     wait.until(lambda b: len(b.find_elements("css selector", "img[src*='/file=']")) >= 1)
@@ -105,14 +107,55 @@ def test_upload_classes_and_heat_map(page, browser, weights, tmp_path):
     assert shot.stat().st_size > 10_000
 
 
-def test_what_is_no_picture_is_told_on_the_page(page, browser, tmp_path):
+def test_a_file_that_is_not_an_image_is_reported_on_the_page(page, browser, tmp_path):
     (tmp_path / "notes.jpg").write_text("notes")
     wait = upload(browser, page[0], tmp_path / "notes.jpg")
-    wait.until(lambda b: "the file cannot be decoded (no image)" in text_of(b))
+    wait.until(lambda b: "the file cannot be decoded (not an image)" in text_of(b))
+
+
+def post(port, size):
+    """Posts a file of `size` bytes to the server, and returns the status and the answer."""
+    head = (
+        b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n"
+        b"Content-Type: image/png\r\n\r\n"
+    )
+    tail = b"\r\n--x--\r\n"
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.putrequest("POST", "/gradio_api/upload")
+    connection.putheader("Content-Type", "multipart/form-data; boundary=x")
+    connection.putheader("Content-Length", str(len(head) + size + len(tail)))
+    connection.endheaders(head)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before its end
+        for start in range(0, size, 1 << 20):
+            connection.send(bytes(min(1 << 20, size - start)))
+        connection.send(tail)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def test_the_server_refuses_an_upload_above_the_limit(page):
+    assert post(page[1], 1 << 20)[0] == 200
+    status, message = post(page[1], 60 << 20)
+    assert status == 413
+    assert "maximum allowed size" in message
+
+
+def test_the_page_says_that_a_file_is_too_large(page, browser, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(60 << 20)
+    browser.get(page[0])
+    wait = WebDriverWait(browser, 60)
+    wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+    chooser = browser.find_element(By.CSS_SELECTOR, "input[type=file]")
+    chooser.send_keys(str(tmp_path / "large.png"))
+    wait.until(lambda b: "size" in text_of(b).lower() and "maximum" in text_of(b).lower())
 
 
 def test_a_port_in_use(page, weights):
-    command = [sys.executable, str(APP), f"--model={weights}", f"--port={page[1]}"]
+    command = [sys.executable, str(APP), f"--weights={weights}", f"--port={page[1]}"]
     result = subprocess.run(
         command, env=environment(), capture_output=True, text=True, check=False, timeout=120
     )
@@ -124,13 +167,13 @@ def test_a_port_in_use(page, weights):
 def test_no_weights():
     pytest.importorskip("gradio", reason="the demo needs gradio (extra: demo)")
     result = subprocess.run(
-        [sys.executable, str(APP), "--model=nope.pth"],
+        [sys.executable, str(APP), "--weights=nope.pth"],
         env=environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_a_port_that_is_none(capsys):
-    assert runpy.run_path(str(APP))["main"](["--model=x", "--port=70000"]) == 1
+def test_a_port_out_of_range(capsys):
+    assert runpy.run_path(str(APP))["main"](["--weights=x", "--port=70000"]) == 1
     assert capsys.readouterr().err == "error: --port is 70000: expected a number from 1 to 65535\n"

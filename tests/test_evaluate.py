@@ -29,7 +29,7 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"
 
 def png(seed):
     file = io.BytesIO()
-    small_weights.picture(seed).save(file, "PNG")
+    small_weights.image(seed).save(file, "PNG")
     return file.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""The examples learn something on pictures that they did not train on."""
+"""The examples are better than chance on images that they were not trained on."""
 
 import runpy
 import sys
@@ -8,7 +8,7 @@ import pytest
 import small_weights
 from PIL import Image
 
-pytest.importorskip("skimage", reason="the examples' pictures come with scikit-image")
+pytest.importorskip("skimage", reason="the examples' images come with scikit-image")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -22,10 +22,10 @@ def load(name):
     return runpy.run_path(str(EXAMPLES / name))
 
 
-def test_a_linear_probe_tells_faces(weights, capsys):
+def test_a_linear_probe_finds_faces(weights, capsys):
     accuracy = load("linear_probe.py")["main"]([f"--weights={weights}"])
-    assert accuracy > 0.8, "half of the pictures are faces"
-    assert f"of the 50 held out: {accuracy:.1%}" in capsys.readouterr().out
+    assert accuracy > 0.8, "half of the images are faces"
+    assert f"on the 50 evaluation images: {accuracy:.1%}" in capsys.readouterr().out
 
 
 def test_a_head_on_all_four_levels_finds_coins(weights, tmp_path, capsys):
@@ -36,12 +36,12 @@ def test_a_head_on_all_four_levels_finds_coins(weights, tmp_path, capsys):
     score = example["main"]([f"--weights={weights}", f"--output={output}", "--steps=60"])
     assert score > max(0.6, 1.5 * everything)
     assert f"{score:.1%}" in capsys.readouterr().out
-    with Image.open(output) as picture:
-        assert picture.size == (384 - example["CUT"], 303)
+    with Image.open(output) as image:
+        assert image.size == (384 - example["CUT"], 303)
 
 
 @pytest.mark.parametrize("name", ["linear_probe.py", "segmentation.py"])
-def test_a_mistake_is_told_in_one_line(name, monkeypatch):
+def test_a_mistake_is_one_line(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, "--weights=nope.pth"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")

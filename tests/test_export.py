@@ -1,4 +1,4 @@
-"""The exported network runs without this package, at any batch size, and answers as the model."""
+"""The exported network runs without this package, at any batch size, with the model's logits."""
 
 import json
 import subprocess
@@ -41,11 +41,11 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "network.zip"
-    assert main(["export", "--model", str(weights), str(path)]) == 0
+    assert main(["export", "--weights", str(weights), str(path)]) == 0
     return path
 
 
-def test_the_answer_without_this_package_is_the_models(weights, exported, tmp_path):
+def test_the_logits_without_this_package_are_the_models(weights, exported, tmp_path):
     images = np.random.RandomState(0).randint(0, 256, (3, 32, 32, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
     files = [str(exported), str(tmp_path / "images.npy"), str(tmp_path / "logits.npz")]
@@ -65,7 +65,7 @@ def test_the_answer_without_this_package_is_the_models(weights, exported, tmp_pa
             np.testing.assert_allclose(logits[name], want[:batch], rtol=1e-4, atol=1e-5)
 
 
-def test_what_lies_beside_the_network(exported):
+def test_what_is_beside_the_network(exported):
     with zipfile.ZipFile(exported) as archive:
         serialized = archive.read("network.jax")
         about = json.loads(archive.read("network.json"))
@@ -83,20 +83,20 @@ def test_what_lies_beside_the_network(exported):
 
 def test_one_platform(weights, tmp_path):
     path = tmp_path / "network.zip"
-    assert main(["export", "--model", str(weights), "--platforms", "tpu", "--", str(path)]) == 0
+    assert main(["export", "--weights", str(weights), "--platforms", "tpu", "--", str(path)]) == 0
     with zipfile.ZipFile(path) as archive:
         program = jax.export.deserialize(bytearray(archive.read("network.jax")))
     assert program.platforms == ("tpu",)
 
 
 def test_mistakes(weights, exported, tmp_path, capsys):
-    assert main(["export", "--model", str(weights), str(exported)]) == 1
+    assert main(["export", "--weights", str(weights), str(exported)]) == 1
     assert "exists" in capsys.readouterr().err
-    assert main(["export", "--model", str(tmp_path / "no.pth"), str(tmp_path / "x.zip")]) == 1
+    assert main(["export", "--weights", str(tmp_path / "no.pth"), str(tmp_path / "x.zip")]) == 1
     assert "no.pth" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert main(["export", "--model", str(weights), str(tmp_path / "file" / "x.zip")]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert main(["export", "--weights", str(weights), str(tmp_path / "file" / "x.zip")]) == 1
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_flatbuffers_is_asked_for(weights, tmp_path, monkeypatch, capsys):
@@ -104,6 +104,6 @@ def test_flatbuffers_is_asked_for(weights, tmp_path, monkeypatch, capsys):
         raise ImportError("flatbuffers")
 
     monkeypatch.setattr(jax.export.Exported, "serialize", missing)
-    assert main(["export", "--model", str(weights), str(tmp_path / "x.zip")]) == 1
+    assert main(["export", "--weights", str(weights), str(tmp_path / "x.zip")]) == 1
     assert "pip install mambaout_jax[export]" in capsys.readouterr().err
     assert not (tmp_path / "x.zip").exists()

@@ -1,7 +1,12 @@
-"""The notebook runs from top to bottom on a CPU, with the hub served on loopback."""
+"""The notebook runs from top to bottom on a CPU, with a local server for the hub."""
 
 import copy
+import importlib.util
 import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import golden
@@ -21,8 +26,8 @@ nbformat = pytest.importorskip("nbformat", reason="the notebook is read by nbfor
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "inference.ipynb"
 NAME = "mambaout_femto.in1k"
-NOTE = """*Run by the tests on two CPU devices, with a hub on loopback. The weights come of a
-formula, nothing trained them: labels, probabilities and times show the form alone.*"""
+NOTE = """*Run by the tests on two CPU devices, with a local server for the hub and random weights:
+labels, probabilities and times mean nothing.*"""
 CHECK = 'import sys; assert not {"tensorflow", "torch"} & sys.modules.keys()'
 
 
@@ -31,7 +36,7 @@ def printed(cell):
 
 
 def keep(notebook, path):
-    """Writes what was executed, with a note, without warnings, pictures as JPEG alone."""
+    """Writes the executed notebook with a note, without warnings, and with images only as JPEG."""
     shown = copy.deepcopy(notebook)
     shown.cells[-1:] = []
     shown.cells.insert(0, nbformat.v4.new_markdown_cell(NOTE, id="note"))
@@ -77,6 +82,33 @@ def executed(tensors, tmp_path_factory):
     return notebook
 
 
+def test_the_first_cell_installs_a_wheel_of_a_clone_that_works(tmp_path):
+    """It looks for a wheel in its folder, or takes the clone around it."""
+    first = nbformat.read(NOTEBOOK, as_version=4).cells[1].source
+    pattern = re.search(r'glob\("(.+?)"\), default="(.+?)"', first)
+    assert (NOTEBOOK.parent / pattern[2]).resolve() == ROOT
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, clone)
+    shutil.copytree(ROOT / "mambaout_jax", clone / "mambaout_jax")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
+    wheel = [*pip, "wheel", "--no-deps", *isolation, f"--wheel-dir={tmp_path}", str(clone)]
+    subprocess.run(wheel, check=True)
+    (file,) = tmp_path.glob(pattern[1])
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", file], check=True)
+    code = (
+        "import mambaout_jax.labels as labels; print(labels.__file__, labels.imagenet_names()[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"{tmp_path}/site/mambaout_jax/labels/__init__.py tench, Tinca tinca\n"
+
+
 def test_every_cell_ran_over_both_devices(executed):
     cells = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
@@ -84,15 +116,15 @@ def test_every_cell_ran_over_both_devices(executed):
     assert "images/s on 2 x cpu" in printed(cells[-2])
 
 
-def test_its_answers_are_the_models(executed, tensors):
+def test_its_predictions_are_the_models(executed, tensors):
     (cell,) = (cell for cell in executed.cells if "sklearn.datasets.images" in cell.source)
     lines = printed(cell).splitlines()
     assert [lines[0], lines[6]] == ["china.jpg", "flower.jpg"]
     from sklearn import datasets
 
-    picture = Path(datasets.__file__).parent / "images" / "china.jpg"
+    photograph = Path(datasets.__file__).parent / "images" / "china.jpg"
     preprocessing = mambaout_jax.preprocessing(NAME)
-    image = mambaout_jax.preprocess_image(picture.read_bytes(), preprocessing)
+    image = mambaout_jax.preprocess_image(photograph, preprocessing)
     model = mambaout_jax.create_model("mambaout_femto", depthwise="xla")
     params = mambaout_jax.from_torch(tensors, model)
     pixels = normalize(image[None], preprocessing.mean, preprocessing.std)
@@ -104,7 +136,7 @@ def test_its_answers_are_the_models(executed, tensors):
     assert names[int(want.argmax())] in shown
 
 
-def test_the_notebook_as_it_is_kept_shows_no_results():
-    """Here none would be of trained weights."""
+def test_the_notebook_has_no_outputs():
+    """None of those of the tests would be of trained weights."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)

@@ -1,10 +1,13 @@
-"""Predictions equal the model's own, in every way of asking; every mistake gets its sentence."""
+"""Predictions equal the model's own, from Python and on the command line; errors are one line."""
 
+import functools
 import json
+import os
 import subprocess
 import sys
 import warnings
 
+import golden
 import jax
 import numpy as np
 import pytest
@@ -16,8 +19,9 @@ from mambaout_jax import load_pretrained, preprocess_image
 from mambaout_jax.__main__ import main
 from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
-from mambaout_jax.inference.predictor import Predictor, find_pictures
+from mambaout_jax.inference.predictor import Predictor, find_images
 from mambaout_jax.labels import class_names, imagenet_names, imagenet_wordnet_ids
+from mambaout_jax.weights.store import save_weights
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +36,12 @@ def predictor(weights):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return small_weights.write_pictures(tmp_path_factory.mktemp("pictures"), 11)
+    return small_weights.write_images(tmp_path_factory.mktemp("images"), 11)
 
 
 @pytest.fixture(scope="module")
 def own(weights, files):
-    """What the model says of the files: probabilities [11, 1000]."""
+    """The model's probabilities for the files, [11, 1000]."""
     model, params = load_pretrained(weights)
     p = small_weights.INFO.preprocessing
     images = np.stack([preprocess_image(file.read_bytes(), p) for file in files])
@@ -94,24 +98,26 @@ def test_labels():
 
 
 def test_the_table_and_json(weights, own, files, capsys):
-    assert main(["predict", "--model", str(weights), "--top=2", str(files[3])]) == 0
+    assert main(["predict", "--weights", str(weights), "--top=2", str(files[3])]) == 0
     name, first, second = capsys.readouterr().out.splitlines()
     best = np.sort(own[3])[::-1]
     assert name == str(files[3])
     assert first.split()[0] == f"{best[0]:.2%}"
     assert second.split()[0] == f"{best[1]:.2%}"
     folder = files[0].parent
-    assert main(["predict", "--model", str(weights), "--json", "--batch-size=8", str(folder)]) == 0
+    assert (
+        main(["predict", "--weights", str(weights), "--json", "--batch-size=8", str(folder)]) == 0
+    )
     records = json.loads(capsys.readouterr().out)
     assert [record["file"] for record in records] == [str(file) for file in files]
     assert records[3]["predictions"][0]["probability"] == pytest.approx(best[0], rel=1e-4)
     assert len(records[3]["predictions"]) == 5
 
 
-def test_a_bad_picture_does_not_keep_the_others_from_being_classified(weights, files, capsys):
+def test_a_bad_image_does_not_keep_the_others_from_being_classified(weights, files, capsys):
     bad = files[0].parent.parent / "bad.png"
-    bad.write_text("no picture")
-    arguments = ["predict", "--model", str(weights), "--json", str(bad), str(files[0])]
+    bad.write_text("not an image")
+    arguments = ["predict", "--weights", str(weights), "--json", str(bad), str(files[0])]
     assert main(arguments) == 1
     printed = capsys.readouterr()
     assert f"error: {bad} cannot be decoded" in printed.err
@@ -122,22 +128,22 @@ def test_a_bad_picture_does_not_keep_the_others_from_being_classified(weights, f
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 30), (30, 20_000)])
-def test_tiny_and_wide_pictures_are_classified(predictor, tmp_path, size):
-    file = tmp_path / "picture.png"
-    small_weights.picture(0, size).save(file)
+def test_tiny_and_wide_images_are_classified(predictor, tmp_path, size):
+    file = tmp_path / "image.png"
+    small_weights.image(0, size).save(file)
     (prediction,) = predictor.predict_files([file])
     assert len(prediction.best) == 5
 
 
-def test_large_pictures_are_classified_silently_and_too_large_ones_told(
+def test_large_images_are_classified_silently_and_too_large_ones_are_refused(
     weights, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # told from there on, refused from twice
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # a warning; refused at twice as many
     files = [tmp_path / "large.png", tmp_path / "too_large.png"]
     for file, size in zip(files, [(30, 40), (50, 50)], strict=True):
-        small_weights.picture(0, size).save(file)
+        small_weights.image(0, size).save(file)
     with warnings.catch_warnings(record=True, action="default") as told:
-        assert main(["predict", "--model", str(weights), *map(str, files)]) == 1
+        assert main(["predict", "--weights", str(weights), *map(str, files)]) == 1
     assert not [warning for warning in told if "Image size" in str(warning.message)]
     error = capsys.readouterr().err
     assert error.startswith(f"error: {files[1]} cannot be decoded (Image size (2500 pixels)")
@@ -145,52 +151,91 @@ def test_large_pictures_are_classified_silently_and_too_large_ones_told(
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
-def test_pictures_of_other_modes_are_classified(predictor, tmp_path, mode):
-    file = tmp_path / "picture.tif"
+def test_images_of_other_modes_are_classified(predictor, tmp_path, mode):
+    file = tmp_path / "image.tif"
     Image.new(mode, (40, 40)).save(file)
     (prediction,) = predictor.predict_files([file])
     assert len(prediction.best) == 5
 
 
-def test_find_pictures(tmp_path):
-    small_weights.write_pictures(tmp_path / "b", 2)
+def test_find_images(tmp_path):
+    small_weights.write_images(tmp_path / "b", 2)
     (tmp_path / "a.txt").write_text("notes")
     (tmp_path / ".hidden.png").write_text("")
-    small_weights.picture(0).save(tmp_path / "c.JPG")
-    found = find_pictures([tmp_path, tmp_path / "a.txt"])
+    small_weights.image(0).save(tmp_path / "c.JPG")
+    found = find_images([tmp_path, tmp_path / "a.txt"])
     assert [str(p.relative_to(tmp_path)) for p in found] == [
         "b/00.png", "b/01.png", "c.JPG", "a.txt"
     ]  # fmt: skip
 
 
-def test_mistakes_are_told_in_one_line(weights, tmp_path, capsys):
+def test_a_mistake_is_one_line(weights, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    small_weights.picture(0).save(tmp_path / "x.png")
-    picture = str(tmp_path / "x.png")
+    small_weights.image(0).save(tmp_path / "x.png")
+    image = str(tmp_path / "x.png")
+    os.mkfifo(tmp_path / "pipe.jpg")
     headless = small_weights.write(tmp_path / "headless", num_classes=0)
     for arguments, expected in (
         ([str(weights), str(tmp_path / "nope.jpg")], "there is no file"),
         ([str(weights), ""], "there is no file"),
-        ([str(weights), str(tmp_path / "empty")], "holds no pictures"),
-        (["mambaout_tny.in1k", picture], "did you mean 'mambaout_tiny.in1k'?"),
-        (["mambaout_tiny", picture], "mambaout_tiny.in1k"),
-        ([str(tmp_path / "nope.pth"), picture], "nope.pth"),
-        ([str(headless), picture], "no classes"),
-        ([str(weights), picture, "--top=0"], "at least 1"),
-        ([str(weights), picture, "--batch-size=0"], "at least 1"),
+        ([str(weights), str(tmp_path / "pipe.jpg")], "pipe.jpg is not a regular file"),
+        ([str(weights), "/dev/zero"], "/dev/zero is not a regular file"),
+        (["", image], "no weights: expected --weights=NAME_OR_PATH"),
+        ([str(weights), str(tmp_path / "empty")], "holds no images"),
+        (["mambaout_tny.in1k", image], "did you mean 'mambaout_tiny.in1k'?"),
+        (["test_mambaout", image], "has no pretrained weights"),
+        ([str(tmp_path / "nope.pth"), image], "nope.pth"),
+        ([str(headless), image], "no classes"),
+        ([str(weights), image, "--top=0"], "at least 1"),
+        ([str(weights), image, "--batch-size=0"], "at least 1"),
     ):
-        assert main(["predict", "--model", *arguments]) == 1, arguments
+        assert main(["predict", "--weights", *arguments]) == 1, arguments
         error = capsys.readouterr().err
         assert error.startswith("error: "), error
         assert error.count("\n") == 1, error
         assert expected in error
 
 
+def test_names_that_are_not_utf8(weights, tmp_path):
+    """A table has escapes for the bytes; JSON has those that Python reads back."""
+    file = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(file, "wb") as opened:
+        small_weights.image(0).save(opened, "PNG")
+    command = [sys.executable, "-m", "mambaout_jax", "predict", f"--weights={weights}", file]
+    for utf8 in ("0", "1"):
+        environment = {**os.environ, "PYTHONUTF8": utf8, "PYTHONIOENCODING": ""}
+        run = functools.partial(subprocess.run, env=environment, capture_output=True, check=True)
+        assert run([*command, "--top=1"]).stdout.decode().startswith(f"{tmp_path}/caf\\udce9.png\n")
+        (record,) = json.loads(run([*command, "--json"]).stdout.decode("utf-8"))
+        assert os.fsencode(record["file"]) == file
+
+
+def test_the_weights_go_by_their_own_option(weights, files, capsys):
+    """--model is the variant, as in every command."""
+    assert main(["predict", "--model=mambaout_tiny.in1k", str(files[0])]) == 1
+    error = "error: no weights: expected --weights=NAME_OR_PATH, such as --weights="
+    assert capsys.readouterr().err == f"{error}mambaout_tiny.in1k\n"
+    arguments = ["predict", f"--weights={weights}", "--model=mambaout_tiny", str(files[0])]
+    assert main(arguments) == 1
+    assert "are test_mambaout's, not mambaout_tiny's" in capsys.readouterr().err
+    assert main(["predict", f"--weights={weights}", "--model=test_mambaout", str(files[0])]) == 0
+
+
+def test_weights_that_are_not_finite(tmp_path, files, capsys):
+    params = golden.params(small_weights.INFO.create_model())
+    params["head"]["fc2"]["bias"][3] = np.inf
+    save_weights(tmp_path / "w", params, small_weights.INFO)
+    arguments = ["predict", f"--weights={tmp_path / 'w'}", str(files[0])]
+    assert main(arguments) == 1
+    assert "--allow-non-finite" in capsys.readouterr().err
+    assert main([*arguments, "--allow-non-finite"]) == 0
+
+
 def test_no_weights_and_no_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    small_weights.picture(0).save(tmp_path / "x.png")
-    assert main(["predict", "--model=mambaout_tiny.in1k", str(tmp_path / "x.png")]) == 1
+    small_weights.image(0).save(tmp_path / "x.png")
+    assert main(["predict", "--weights=mambaout_tiny", str(tmp_path / "x.png")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: timm/mambaout_tiny.in1k is not in the cache")
     assert error.count("\n") == 1
@@ -200,7 +245,7 @@ def test_a_process_ends_with_the_mistake_and_no_traceback():
     command = [sys.executable, "-m", "mambaout_jax", "summary", "mambaout_tny"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.startswith("error: unknown model 'mambaout_tny': did you mean")
+    assert result.stderr.startswith("error: unknown model 'mambaout_tny'; did you mean")
 
 
 def test_top_larger_than_the_classes_shows_all(tmp_path, files):
@@ -211,8 +256,11 @@ def test_top_larger_than_the_classes_shows_all(tmp_path, files):
     assert sum(guess.probability for guess in prediction.best) == pytest.approx(1, rel=1e-5)
 
 
-def test_an_unreadable_file_is_told(predictor, tmp_path):
+def test_an_unreadable_file_is_reported(predictor, tmp_path):
     (prediction,) = predictor.predict_files([tmp_path / "gone.png"])
     assert prediction.error == f"{tmp_path / 'gone.png'} cannot be read: No such file or directory"
+    os.mkfifo(tmp_path / "pipe.png")
+    (prediction,) = predictor.predict_files([tmp_path / "pipe.png"])
+    assert prediction.error == f"{tmp_path / 'pipe.png'} is not a regular file"
     with pytest.raises(UserError, match="batch size"):
         Predictor.load(small_weights.write(tmp_path / "w"), batch_size=0)

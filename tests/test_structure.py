@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path("mambaout_jax")
 # Folders and top-level files. Each may import from its own rank and from those above it here.
 RANKS = (
-    ("errors",),
+    ("errors", "version"),
     ("bucket", "files", "labels", "ops"),
     ("runtime",),
     ("data",),

@@ -78,7 +78,7 @@ def data(tmp_path_factory):
     for number, label in enumerate(labels):
         folder = root / "validation" / imagenet_wordnet_ids()[label]
         folder.mkdir(parents=True, exist_ok=True)
-        small_weights.picture(number).save(folder / f"ILSVRC2012_val_{number + 1:08d}.png")
+        small_weights.image(number).save(folder / f"ILSVRC2012_val_{number + 1:08d}.png")
     return root
 
 

@@ -1,11 +1,15 @@
-"""PyTorch's files: found, told apart, unwrapped, widened, written and refused."""
+"""PyTorch files: identified, unwrapped, converted to float32, written and refused."""
 
 import argparse
 import importlib.util
+import json
 import os
 import pickle
 import shutil
+import struct
+import subprocess
 import sys
+import zipfile
 
 import golden
 import jax
@@ -46,7 +50,7 @@ def shapes_of(name, layout, num_classes=1000):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("layout", ["timm", "original"])
-def test_every_variant_is_told_by_its_tensors(name, layout):
+def test_every_variant_is_found_by_its_tensors(name, layout):
     if VARIANTS[name].rw and layout == "original":
         with pytest.raises(UserError, match="timm layout only"):
             shapes_of(name, layout)
@@ -57,16 +61,16 @@ def test_every_variant_is_told_by_its_tensors(name, layout):
     assert identify.find_classes(shapes) == 37
 
 
-def test_what_cannot_be_told_is_asked_for():
+def test_an_ambiguous_or_unknown_variant_is_asked_for():
     shapes = shapes_of("mambaout_base_wide_rw", "timm")
-    told_apart_by = ("fc2.weight", "conv.bias", "norm.weight")
-    vague = {name: shape for name, shape in shapes.items() if not name.endswith(told_apart_by)}
+    distinguishing = ("fc2.weight", "conv.bias", "norm.weight")
+    vague = {name: shape for name, shape in shapes.items() if not name.endswith(distinguishing)}
     with pytest.raises(UserError, match=r"mambaout_small_rw or mambaout_base_wide_rw: name"):
         identify.find_variant_of(vague)
     fewer = {name: shape for name, shape in shapes.items() if not name.startswith("stages.3.")}
     with pytest.raises(UserError, match="fit none of the known variants: name the model"):
         identify.find_variant_of(fewer)
-    with pytest.raises(UserError, match="no MambaOut weights"):
+    with pytest.raises(UserError, match="not MambaOut weights"):
         identify.find_layout({"conv1.weight": (64, 3, 7, 7)})
 
 
@@ -88,7 +92,7 @@ def test_errors_are_listed_together_with_the_variant_that_fits(tensors):
         mambaout_jax.from_torch(tensors, NAME, num_classes=10)
 
 
-def test_values_that_are_no_weights_are_refused(tensors):
+def test_values_that_are_not_weights_are_refused(tensors):
     broken = dict(tensors)
     for i, value in enumerate((np.nan, np.inf, -np.inf, 1e300)):
         name = f"stages.2.blocks.{i % 3}.fc{1 + i // 3}.bias"
@@ -99,6 +103,9 @@ def test_values_that_are_no_weights_are_refused(tensors):
         mambaout_jax.from_torch(broken, NAME)
     assert str(error.value).count("not finite") == 4
     assert "stem.conv1.bias is of type int32" in str(error.value)
+    broken["stem.conv1.bias"] = tensors["stem.conv1.bias"]
+    params = mambaout_jax.from_torch(broken, NAME, allow_non_finite=True)
+    assert np.isnan(params["stages_2"]["blocks_0"]["fc1"]["bias"][5])
 
 
 def test_to_torch_refuses_what_is_not_the_models(tensors):
@@ -145,14 +152,13 @@ def test_a_hub_name_for_a_file_brings_its_preprocessing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mambaout_tiny", r"'mambaout_tiny' names a network, not weights: its weights are .*in1k"),
-        ("test_mambaout", "there are no weights of it"),
+        ("test_mambaout", "test_mambaout has no pretrained weights"),
         ("mambaout_tiny.in2k", r"did you mean 'mambaout_tiny\.in1k'"),
         ("here/there/mambaout.bin", "there are no weights"),
-        ("nothing", "there are no weights 'nothing': expected a directory, a file"),
+        ("nothing", r"there are no weights 'nothing' \(expected a directory, a file"),
         (
             "mambaout_femtoo",
-            "there are no weights .mambaout_femtoo.: did you mean .mambaout_femto.in1k.[?]",
+            "there are no weights 'mambaout_femtoo'; did you mean 'mambaout_femto.in1k'[?]",
         ),
         ("absent.safetensors", "there is no file absent.safetensors"),
         ("absent.pth", "there is no file absent.pth"),
@@ -170,6 +176,69 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="truncated, damaged"):
         mambaout_jax.load_pretrained(tmp_path / "w.safetensors")
+
+
+def write_header(path, entries, size):
+    """Writes a .safetensors file of `size` bytes of data, which take no room on the disk."""
+    header = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+
+
+def entry(dtype, shape, start, end):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def test_a_huge_tensor_too_many_is_refused_before_it_is_read(tensors, tmp_path):
+    entries, end = {}, 0
+    for name, array in tensors.items():
+        entries[name] = entry("F32", array.shape, end, end + array.nbytes)
+        end += array.nbytes
+    huge = 1 << 36
+    entries["extra"] = entry("F32", [huge // 4], end, end + huge)
+    write_header(tmp_path / "w.safetensors", entries, end + huge)
+    with pytest.raises(UserError, match="do not fit test_mambaout: extra is unexpected"):
+        mambaout_jax.read_weights(tmp_path / "w.safetensors", model=NAME)
+
+
+def test_memory_that_runs_out_is_reported(tmp_path):
+    """Then the library's Rust code panics, which is no Exception."""
+    size = 1 << 33
+    write_header(tmp_path / "w.safetensors", {"x": entry("F32", [size // 4], 0, size)}, size)
+    code = """
+import resource, sys
+from pathlib import Path
+from mambaout_jax.errors import UserError
+from mambaout_jax.weights.torch_file import read_state_dict
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + (9 << 30)  # enough to map the file, not to copy it
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    read_state_dict(Path(sys.argv[1]))
+except UserError as error:
+    print(error, end="")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "w.safetensors")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "fit into memory" in done.stdout
+    assert "\n" not in done.stdout
+
+
+def test_types_that_numpy_lacks_are_named(tmp_path):
+    entries = {"stem.conv1.bias": entry("F8_E4M3", [8], 0, 8)}
+    write_header(tmp_path / "w.safetensors", entries, 8)
+    with pytest.raises(UserError, match=r"stem.conv1.bias of type F8_E4M3: expected F32, F16"):
+        mambaout_jax.load_pretrained(tmp_path / "w.safetensors")
+
+
+def test_a_pipe_is_refused_and_not_read(tmp_path):
+    for name in ("w.safetensors", "w.pth"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=rf"{name} is not a regular file"):
+            mambaout_jax.load_pretrained(tmp_path / name)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float64])
@@ -219,7 +288,7 @@ def test_outputs_that_cannot_be_written(tensors, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="exists"):
         torch_file.write_state_dict(tmp_path / "w.safetensors", tensors)
     assert (tmp_path / "w.safetensors").read_text() == "mine"
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=r"cannot write .*absent"):
         torch_file.write_state_dict(tmp_path / "absent" / "v.safetensors", tensors)
     with pytest.raises(UserError, match="expected a name that ends in"):
         torch_file.write_state_dict(tmp_path / "v.npz", tensors)
@@ -235,7 +304,7 @@ def test_outputs_that_cannot_be_written(tensors, tmp_path, monkeypatch):
     monkeypatch.undo()
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"it takes 1.8 MB and 1.0 MB are free"):
+    with pytest.raises(UserError, match=r"it needs 1.8 MB, and 1.0 MB are free"):
         torch_file.write_state_dict(tmp_path / "v.safetensors", tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
 
@@ -273,7 +342,7 @@ def test_pth_in_every_wrapping(tensors, tmp_path, wrapper, zipped):
 
 
 @needs_torch
-def test_averaged_weights_go_first_and_the_others_are_named(tensors, tmp_path):
+def test_averaged_weights_are_preferred_and_the_others_are_named(tensors, tmp_path):
     import torch
 
     plain = {name: torch.from_numpy(array) for name, array in tensors.items()}
@@ -281,7 +350,7 @@ def test_averaged_weights_go_first_and_the_others_are_named(tensors, tmp_path):
     path = tmp_path / "w.pt"
     torch.save({"state_dict": plain, "state_dict_ema": averaged}, path)
     file = torch_file.read_state_dict(path)
-    assert file.describe() == "78 float32, under 'state_dict_ema' ('state_dict' left aside)"
+    assert file.describe() == "78 float32, under 'state_dict_ema' ('state_dict' ignored)"
     np.testing.assert_array_equal(file.tensors["stem.conv1.bias"], averaged["stem.conv1.bias"])
     torch.save({"state_dict": plain, "state_dict_ema": None}, path)
     assert torch_file.read_state_dict(path).wrapper == "state_dict"
@@ -327,7 +396,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tensors, tmp_path, zipped):
 def test_bytes_that_torch_did_not_write_are_refused_and_not_run(tmp_path):
     for content in (np.random.default_rng(0).bytes(5000), pickle.dumps(Code(tmp_path / "ran"))):
         (tmp_path / "w.pth").write_bytes(content)
-        with pytest.raises(UserError, match=r"is damaged, or a pickle of something else"):
+        with pytest.raises(UserError, match=r"is damaged, or a pickle of something other"):
             mambaout_jax.load_pretrained(tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -337,8 +406,8 @@ def test_bytes_that_torch_did_not_write_are_refused_and_not_run(tmp_path):
     ("content", "message"),
     [
         ([1, 2], "holds a list: expected a state dict"),
-        ({}, "no MambaOut weights"),
-        ({"model": {"stem.conv1.weight": 3}}, "stem.conv1.weight, a int that is no plain tensor"),
+        ({}, "not MambaOut weights"),
+        ({"model": {"stem.conv1.weight": 3}}, "stem.conv1.weight as int: expected a dense tensor"),
     ],
 )
 def test_pth_that_hold_something_else(tmp_path, content, message):
@@ -358,6 +427,34 @@ def test_views_into_a_larger_storage_are_refused(tensors, tmp_path):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"stem.conv1.bias, a view into a larger storage"):
         mambaout_jax.load_pretrained(tmp_path / "w.pth")
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_pth_of_types_that_numpy_lacks(tmp_path, dtype):
+    import torch
+
+    content = {"stem.conv1.bias": torch.zeros(8).to(getattr(torch, dtype))}
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=rf"stem.conv1.bias as {dtype} tensor .*: expected a dense"):
+        mambaout_jax.load_pretrained(tmp_path / "w.pth")
+
+
+@needs_torch
+def test_pth_with_compressed_members_is_refused(tensors, tmp_path):
+    """Torch would map them into memory and take the compressed bytes for numbers."""
+    import torch
+
+    torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth") as stored:
+        contents = {name: stored.read(name) for name in stored.namelist()}
+    for packed in (set(contents), {next(name for name in contents if name.endswith("/data/7"))}):
+        with zipfile.ZipFile(tmp_path / "packed.pth", "w") as archive:
+            for name, content in contents.items():
+                kind = zipfile.ZIP_DEFLATED if name in packed else zipfile.ZIP_STORED
+                archive.writestr(name, content, kind)
+        with pytest.raises(UserError, match=r"packed.pth is compressed \(\w+/.*save it again"):
+            mambaout_jax.load_pretrained(tmp_path / "packed.pth")
 
 
 @needs_torch

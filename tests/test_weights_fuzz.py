@@ -1,15 +1,15 @@
-"""Files mutated 200 ways in each format: never a silently wrong model, never a raw traceback.
+"""Files and checkpoints with random damage: never a silently wrong model, never a raw traceback.
 
-What counts as right, by the kind of mutation:
+What is correct depends on the kind of damage:
 
 - `REFUSED`: a UserError of one line.
-- `SAME`: a UserError, or parameters that are bit for bit those of the sound file (the mutation hit
-  what carries no meaning, such as padding).
-- `VALUES`: as `SAME`, or the file is a sound one of other numbers. A format without checksums
-  (.safetensors, torch's old .pth) cannot tell these; then nothing but the numbers that were hit
-  may differ, and the digest must.
+- `SAME`: a UserError, or parameters that are bit for bit those of the original (the damage is in
+  bytes without meaning, such as padding).
+- `VALUES`: as `SAME`, or the file is a valid one with other numbers. A format without checksums
+  (.safetensors, torch's old .pth) cannot notice this; then only the damaged numbers may differ, and
+  the digest must.
 
-`pytest -n 0 -s tests/test_weights_fuzz.py` prints what came of each kind.
+`pytest -n 0 -s -m '' tests/test_weights_fuzz.py` prints the counts of docs/weights.md.
 """
 
 import collections
@@ -17,7 +17,11 @@ import importlib.util
 import io
 import json
 import os
+import runpy
+import shutil
 import struct
+import zipfile
+from pathlib import Path
 
 import golden
 import numpy as np
@@ -27,7 +31,8 @@ from safetensors.numpy import save
 
 import mambaout_jax
 from mambaout_jax.errors import UserError
-from mambaout_jax.weights.store import digest
+from mambaout_jax.inference.export import export_model
+from mambaout_jax.weights.integrity import digest
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="torch is not installed"
@@ -36,20 +41,20 @@ SEEDS = 20  # of each kind of mutation
 REFUSED, SAME, VALUES = "refused", "same", "values"
 
 
-def sound_tensors():
+def original_tensors():
     meta, _ = golden.load("test_mambaout-timm-160")
     return golden.weights(meta["state_dict"], meta["seed"])
 
 
-TENSORS = sound_tensors()
+TENSORS = original_tensors()
 PARAMS = flatten_dict(mambaout_jax.from_torch(TENSORS, "test_mambaout"))
 DIGEST = digest(mambaout_jax.from_torch(TENSORS, "test_mambaout"))
 
 
 def check(path, expected, numbers=1):
-    """Reads a mutated file and returns what came of it.
+    """Reads a damaged file and returns the outcome.
 
-    `numbers` is how many numbers the mutation may have hit.
+    `numbers` is how many numbers the damage may have changed.
     """
     try:
         params, info = mambaout_jax.read_weights(path)
@@ -70,7 +75,7 @@ def check(path, expected, numbers=1):
     return VALUES if differing else SAME
 
 
-# Mutations of a .safetensors file: (random, bytes of the sound file) to bytes.
+# Damage to a .safetensors file: (random, bytes of the original) to bytes.
 
 
 def split(data):
@@ -125,7 +130,7 @@ def swap_offsets(random, data):
 
 
 def resave(change):
-    """Returns a mutation that changes a random tensor of the sound ones and saves them."""
+    """Returns damage that changes a random tensor and saves all of them."""
 
     def mutate(random, data):
         tensors = dict(TENSORS)
@@ -180,19 +185,19 @@ SAFETENSORS = [
 ]
 
 
-def run(path, mutations, sound, **options):
-    """Reads SEEDS files of each mutation, none of them equal to the sound one."""
+def run(path, mutations, original, **options):
+    """Reads SEEDS files of each kind of damage, none of them equal to the original."""
     for mutate, expected in mutations:
         outcomes: collections.Counter[str] = collections.Counter()
         for seed in range(SEEDS):
-            mutated = mutate(np.random.default_rng(seed), sound)
-            assert mutated != sound
+            mutated = mutate(np.random.default_rng(seed), original)
+            assert mutated != original
             path.write_bytes(mutated)
             outcomes[check(path, expected, **options)] += 1
         print(f"\n| {path.suffix} {mutate.__name__} | {dict(outcomes)} |", end="")
 
 
-def test_the_sound_file_is_read(tmp_path):
+def test_the_original_is_read(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(save(TENSORS))
     assert check(tmp_path / "w.safetensors", SAME) == SAME
 
@@ -207,7 +212,7 @@ def test_safetensors_of_other_types(tmp_path):
     run(tmp_path / "w.safetensors", [(other_type, REFUSED)], save(TENSORS))
 
 
-# Mutations of a .pth file.
+# Damage to a .pth file.
 
 
 def torch_bytes(content, zipped):
@@ -264,6 +269,25 @@ def test_pth(tmp_path):
 
 
 @needs_torch
+def test_pth_with_a_compressed_member(tmp_path):
+    """A member that is compressed is refused, damaged or not."""
+    with zipfile.ZipFile(io.BytesIO(torch_bytes(torch_tensors(), zipped=True))) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    outcomes: collections.Counter[str] = collections.Counter()
+    for seed in range(5 * SEEDS):
+        random = np.random.default_rng(seed)
+        packed = io.BytesIO()
+        chosen = random.choice([name for name in contents if "/data/" in name])
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name, content in contents.items():
+                kind = zipfile.ZIP_DEFLATED if name == chosen else zipfile.ZIP_STORED
+                archive.writestr(name, content, kind)
+        (tmp_path / "w.pth").write_bytes(change_byte(random, packed.getvalue()))
+        outcomes[check(tmp_path / "w.pth", REFUSED)] += 1
+    print(f"\n| .pth with a compressed member | {dict(outcomes)} |", end="")
+
+
+@needs_torch
 def test_pth_of_the_old_format(tmp_path):
     mutations = [(truncate, REFUSED), (change_byte, VALUES), (change_start, VALUES)]
     run(tmp_path / "w.pth", mutations, torch_bytes(torch_tensors(), zipped=False))
@@ -288,3 +312,81 @@ def test_pth_with_code_anywhere(tmp_path, zipped):
         (tmp_path / "w.pth").write_bytes(torch_bytes(content, zipped))
         assert check(tmp_path / "w.pth", REFUSED) == REFUSED
         assert not (tmp_path / "ran").exists()
+
+
+# Flipped bits in a checkpoint of a run, and in an exported network.
+
+FLIPS = [40, pytest.param(200, marks=pytest.mark.slow)]
+RUN = Path(__file__).parent / "checkpoints" / "run-1" / "checkpoints" / "3"
+
+
+def read_quietly(path):
+    """Returns what `read_weights` does; None for a UserError, which must be one line."""
+    try:
+        return mambaout_jax.read_weights(path)
+    except UserError as error:
+        message = str(error)
+    assert "\n" not in message
+    return None
+
+
+@pytest.mark.parametrize("flips", FLIPS)
+def test_a_checkpoint_of_a_run(tmp_path, flips):
+    """A bit of the average weights or the description; half of the time each file is as likely."""
+    original, info = mambaout_jax.read_weights(RUN)
+    files = sorted(
+        path
+        for item in ("ema_params", "meta")
+        for path in (RUN / item).rglob("*")
+        if path.is_file() and path.name != "commit_success.txt"
+    )
+    sizes = np.array([path.stat().st_size for path in files])
+    outcomes: collections.Counter[str] = collections.Counter()
+    for seed in range(flips):
+        random = np.random.default_rng(seed)
+        file = files[random.choice(len(files), p=None if seed % 2 else sizes / sizes.sum())]
+        copy = tmp_path / str(seed)
+        shutil.copytree(RUN, copy)
+        damaged = copy / file.relative_to(RUN)
+        damaged.write_bytes(flip(random, damaged.read_bytes(), 0, damaged.stat().st_size))
+        found = read_quietly(copy)
+        outcomes[SAME if found else REFUSED] += 1
+        if found:
+            assert found[1] == info
+            assert digest(found[0]) == digest(original)
+        shutil.rmtree(copy)
+    print(f"\n| checkpoint of a run, flipped bits | {dict(outcomes)} |", end="")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers (extra: export)")
+    path = tmp_path_factory.mktemp("exported") / "network.zip"
+    params, info = mambaout_jax.read_weights(RUN)
+    export_model(path, info.create_model(), params, info, platforms=["cpu"])
+    return path
+
+
+@pytest.mark.parametrize("flips", FLIPS)
+def test_an_exported_network(exported, tmp_path, flips):
+    """Its reader raises, or computes the same logits."""
+    load = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "run_exported.py"))["load"]
+    images = np.random.RandomState(0).randint(0, 256, (1, 32, 48, 3), np.uint8)
+
+    def answer(path):
+        network, labels = load(path)
+        preprocessing = np.load(path)["preprocessing.json"]
+        return np.asarray(network(images)).tobytes(), labels, preprocessing
+
+    original, data = answer(exported), exported.read_bytes()
+    outcomes: collections.Counter[str] = collections.Counter()
+    path = tmp_path / "network.zip"
+    for seed in range(flips):
+        path.write_bytes(flip(np.random.default_rng(seed), data, 0, len(data)))
+        try:
+            found = answer(path)
+        except Exception:
+            found = None
+        outcomes[SAME if found else REFUSED] += 1
+        assert found in (None, original)
+    print(f"\n| exported zip, flipped bits | {dict(outcomes)} |", end="")

@@ -128,7 +128,7 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(tmp_path):
         assert url in error
         assert "\n" not in error
     for error in (errors[0], errors[1], errors[3]):
-        assert "or shows it with a token alone: set HF_TOKEN" in error
+        assert "or needs a token to show it: set HF_TOKEN" in error
 
 
 def test_a_network_that_is_down_is_said_in_a_sentence(tmp_path):

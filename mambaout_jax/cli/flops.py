@@ -1,16 +1,19 @@
-"""Counts a Transformer block beside a Gated CNN block, and tells long sequences from short."""
+"""Compares the FLOPs of a Transformer block and a Gated CNN block."""
 
 import argparse
 
 SUMMARY = "Counts the FLOPs of a Transformer block and of a MambaOut block of the same width."
+EXAMPLE = "--width=384 --size 800 1280"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("--width", type=int, default=384, help="channels D (default: 384)")
     parser.add_argument("--size", type=int, nargs=2, default=(224, 224), metavar=("H", "W"),
-                        help="of the image, in pixels (default: 224 224)")  # fmt: skip
-    parser.add_argument("--patch", type=int, default=16, help="pixels a token's side (default: 16)")
+                        help="of the image in pixels (default: 224 224)")  # fmt: skip
+    parser.add_argument(
+        "--patch", type=int, default=16, help="side of a token in pixels (default: 16)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,9 +5,10 @@ import functools
 import json
 from typing import Any
 
-SUMMARY = "Lists the variants, their sizes, and the weights that the hub has of them."
+SUMMARY = "Lists the variants, their sizes and accuracies, and the published weights."
+EXAMPLE = "--json"
 
-_IMAGE_SIZE = 224  # pixels, at which multiply-accumulates are told
+_IMAGE_SIZE = 224  # pixels, for the multiply-accumulates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         for row in variants
     ]
     print(format_table(header, rows))
-    print("\nTop-1 in percent on ImageNet-1k, as published. Weights on the hub:\n")
+    print("\nTop-1 in percent on ImageNet-1k, as published. Weights on the Hugging Face hub:\n")
     published = [
         (w["weights"], str(w["size"]), f"{w['classes']:,}", accuracy(w["top1"])) for w in weights
     ]
@@ -65,7 +66,7 @@ def _variants() -> list[dict[str, Any]]:
 
     rows = []
     for name, variant in VARIANTS.items():
-        # Tracing the plain convolution is quick, and the count is the same.
+        # The plain convolution is the fastest to trace, and has the same count.
         total = count_total(create_model(name, depthwise="xla"), (_IMAGE_SIZE, _IMAGE_SIZE, 3))
         rows.append(
             {

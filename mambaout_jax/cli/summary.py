@@ -3,12 +3,18 @@
 import argparse
 
 SUMMARY = "Prints the layers of a variant with their parameters and multiply-accumulates."
+EXAMPLE = "mambaout_tiny --size=288"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument("model", help="a variant, see: python -m mambaout_jax models")
-    parser.add_argument("--size", type=int, help="of a square image, in pixels (default: its own)")
+    parser.add_argument(
+        "name", nargs="?", metavar="MODEL", help="a variant, see: python -m mambaout_jax models"
+    )
+    parser.add_argument("--model", metavar="MODEL", help="the same, as in other commands")
+    parser.add_argument(
+        "--size", type=int, help="of a square image in pixels (default: the variant's)"
+    )
     parser.add_argument("--classes", type=int, help="width of the logits (default: 1000)")
     parser.add_argument(
         "--depth",
@@ -26,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from mambaout_jax.models.mambaout import create_model
     from mambaout_jax.models.variants import find_variant
 
-    size = find_variant(args.model).image_size if args.size is None else args.size
+    name = args.model or args.name
+    if not name or (args.name and args.name != name):
+        raise UserError("expected one variant, such as: python -m mambaout_jax summary " + EXAMPLE)
+    size = find_variant(name).image_size if args.size is None else args.size
     for option, number, least in (
         ("--size", size, 1),
         ("--depth", args.depth, 0),
@@ -34,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         if number < least:
             raise UserError(f"{option} is {number}: expected at least {least}")
-    model = create_model(args.model, num_classes=args.classes, depthwise="xla")
+    model = create_model(name, num_classes=args.classes, depthwise="xla")
     layers = count_layers(model, (size, size, 3))
     rows = [
         (
@@ -48,6 +57,6 @@ def run(args: argparse.Namespace) -> int:
         if 0 < len(layer.path) <= args.depth and layer.kind != "Dropout"
     ]
     total = next(layer for layer in layers if not layer.path)
-    rows.append((args.model, "", f"{size}x{size}x3 in", f"{total.params:,}", f"{total.macs:,}"))
-    print(format_table(("layer", "kind", "answer", "parameters", "MACs"), rows, left=2))
+    rows.append((name, "", f"{size}x{size}x3 in", f"{total.params:,}", f"{total.macs:,}"))
+    print(format_table(("layer", "kind", "output", "parameters", "MACs"), rows, left=2))
     return 0

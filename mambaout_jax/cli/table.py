@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Returns lines of aligned columns: the first `left` to the left, the others to the right."""
+    """Returns a table as lines; the first `left` columns are left-aligned, the others right."""
     lines = [header, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from mambaout_jax.cli.weights_arguments import WEIGHTS_HELP, add_network_arguments
 
 SUMMARY = "Evaluates one or many checkpoints on labelled images."
+EXAMPLE = "mambaout_tiny 'runs/*' --data-dir=/data/tfds"
 
 THREADS = 4  # of each process that decodes
 
@@ -131,7 +132,9 @@ def _evaluate(args: argparse.Namespace, weights: str, real: Sequence[Sequence[in
     from mambaout_jax.weights.load import read_weights
 
     with all_or_none():
-        params, info = read_weights(weights, model=args.network)
+        params, info = read_weights(
+            weights, model=args.model, allow_non_finite=args.allow_non_finite
+        )
         subset = read_subset(args.subset, info.num_classes) if args.subset else None
         source = GroundTruthSource(_open(args), info.num_classes, subset, real)
     evaluation = evaluate_weights(

@@ -1,19 +1,35 @@
-"""The arguments that name weights and the way they are computed."""
+"""Arguments that several commands share: the weights, the model and the type of computation.
+
+In every command `--weights` is what `read_weights` takes, and `--model` is the variant.
+"""
 
 import argparse
+from typing import Any
+
+from mambaout_jax.errors import UserError
 
 WEIGHTS_HELP = (
-    "a name of the hub's (see: python -m mambaout_jax models), a .safetensors, .pth or .pt file, "
-    "a converted checkpoint, or a run's working directory"
+    "a variant or a name on the hub (see: python -m mambaout_jax models), a .safetensors, .pth or "
+    ".pt file, a converted checkpoint, or a run's working directory"
 )
 
 
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --weights, and the arguments of `add_network_arguments`."""
+    parser.add_argument("--weights", metavar="NAME_OR_PATH", help=WEIGHTS_HELP)
+    add_network_arguments(parser)
+
+
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --network and --dtype."""
+    """Adds --model, --allow-non-finite and --dtype."""
     parser.add_argument(
-        "--network",
+        "--model",
         metavar="NAME",
-        help="the variant of a file's weights, where their tensors do not tell it",
+        help="the variant of a file's weights, or their name on the hub, which also selects the "
+        "preprocessing (default: found by the tensors)",
+    )
+    parser.add_argument(
+        "--allow-non-finite", action="store_true", help="accept weights with NaN or infinity"
     )
     parser.add_argument(
         "--dtype",
@@ -21,3 +37,19 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="type of the computation (default: float32)",
     )
+
+
+def weights_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments for `read_weights`.
+
+    Raises:
+        UserError: --weights is missing.
+    """
+    if not args.weights:
+        given = args.model or "mambaout_tiny"
+        raise UserError(f"no weights: expected --weights=NAME_OR_PATH, such as --weights={given}")
+    return {
+        "name_or_path": args.weights,
+        "model": args.model,
+        "allow_non_finite": args.allow_non_finite,
+    }

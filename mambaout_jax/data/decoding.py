@@ -15,7 +15,7 @@ class BadImageError(UserError):
     """A file that is not an image, or a damaged one."""
 
 
-def decode(file_bytes: bytes, name: str = "the file") -> Image.Image:
+def decode(file_bytes: bytes | bytearray | memoryview, name: str = "the file") -> Image.Image:
     """Decodes an encoded file to RGB as timm does: EXIF orientation is not applied.
 
     Args:

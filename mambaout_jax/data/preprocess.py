@@ -5,6 +5,8 @@ This file imports neither Pillow nor the data libraries before an image is decod
 
 import dataclasses
 import math
+import os
+import stat
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -58,7 +60,9 @@ class Preprocessing:
 
 
 def preprocess_image(
-    file_bytes: bytes, preprocessing: Preprocessing, name: str = "the image"
+    image: "bytes | str | os.PathLike[str] | Image.Image",
+    preprocessing: Preprocessing,
+    name: str | None = None,
 ) -> np.ndarray:
     """Decodes and crops an image exactly as timm's evaluation does.
 
@@ -66,24 +70,54 @@ def preprocess_image(
     resize with antialias, centre crop.
 
     Args:
-      file_bytes: an encoded file of any format that Pillow reads.
+      image: an encoded file of any format that Pillow reads, its path, or a PIL image.
       preprocessing: of the network.
-      name: the name of the file in messages.
+      name: how messages name the image; a path's own by default.
 
     Returns:
       uint8 [H, W, 3].
 
     Raises:
-      mambaout_jax.data.decoding.BadImageError: the bytes are not an image, or a damaged one.
+      mambaout_jax.data.decoding.BadImageError: the file cannot be read, is not an image, or is
+        damaged.
       UserError: the interpolation is unknown.
     """
+    from PIL import Image
+
     from mambaout_jax.data import decoding
 
-    image = decoding.decode(file_bytes, name)
+    if isinstance(image, str | os.PathLike):
+        name = name or os.fspath(image)
+        image = read_image_file(image)
+    if isinstance(image, Image.Image):
+        rgb = image.convert("RGB")
+    elif isinstance(image, bytes | bytearray | memoryview):
+        rgb = decoding.decode(image, name or "the image")
+    else:
+        raise UserError(
+            f"an image is a {type(image).__name__}: expected a file's bytes, a path or a PIL image"
+        )
     filter_ = decoding.resampling(preprocessing.interpolation)
-    height, width = _resized_size(image.size, preprocessing)
-    image = image.resize((width, height), filter_)
-    return np.asarray(_center_crop(image, preprocessing.shape))
+    height, width = _resized_size(rgb.size, preprocessing)
+    rgb = rgb.resize((width, height), filter_)
+    return np.asarray(_center_crop(rgb, preprocessing.shape))
+
+
+def read_image_file(path: str | os.PathLike[str]) -> bytes:
+    """Returns a file's bytes. A pipe or a device is refused: reading it may never end.
+
+    Raises:
+      mambaout_jax.data.decoding.BadImageError: the file cannot be read, or is not a regular file.
+    """
+    from mambaout_jax.data.decoding import BadImageError
+
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise BadImageError(f"{os.fspath(path)} is not a regular file")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadImageError(f"{os.fspath(path)} cannot be read: {error.strerror}") from error
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

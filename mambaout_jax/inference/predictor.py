@@ -1,12 +1,13 @@
-"""Classifying pictures with trained weights, over all devices of this machine.
+"""Classifies images with trained weights, on all devices of this machine.
 
-predictor = Predictor.load("mambaout_tiny.in1k")
+predictor = Predictor.load("mambaout_tiny")
 for prediction in predictor.predict_files(["cat.jpg", "dog.jpg"]):
     print(prediction.name, prediction.best[0].label)
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,20 +21,25 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.data.decoding import BadImageError
-from mambaout_jax.data.preprocess import Preprocessing, normalize, preprocess_image
+from mambaout_jax.data.preprocess import (
+    Preprocessing,
+    normalize,
+    preprocess_image,
+    read_image_file,
+)
 from mambaout_jax.errors import UserError
 from mambaout_jax.labels import class_names
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.runtime.compilation import compiler_options
+from mambaout_jax.weights.info import WeightsInfo
 from mambaout_jax.weights.load import read_weights
-from mambaout_jax.weights.store import WeightsInfo
 
-_THREADS = 16  # that read and decode; Pillow lets them run side by side
+_THREADS = 16  # that read and decode files; Pillow decodes without the interpreter's lock
 
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """One class that a picture may show: its number, its name, and the probability in [0, 1]."""
+    """One class of a prediction: its number, its name, and its probability in [0, 1]."""
 
     index: int
     label: str
@@ -42,11 +48,11 @@ class Guess:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a network says of one picture.
+    """The prediction for one image.
 
     Attributes:
-        name: of the picture.
-        best: the likeliest classes, the best first; empty where the picture cannot be decoded.
+        name: of the image.
+        best: the most probable classes, the best first; empty if the image cannot be decoded.
         error: why it cannot be decoded, else "".
     """
 
@@ -58,7 +64,7 @@ class Prediction:
 def forward(
     params: Any, images: jax.Array, *, model: MambaOut, preprocessing: Preprocessing
 ) -> jax.Array:
-    """Returns float32 logits [N, classes] of prepared pictures, uint8 [N, H, W, 3]."""
+    """Returns float32 logits [N, classes] of preprocessed images, uint8 [N, H, W, 3]."""
     pixels = normalize(images, preprocessing.mean, preprocessing.std)
     logits: jax.Array = model.apply({"params": params}, pixels)  # type: ignore[assignment]
     return logits
@@ -67,13 +73,13 @@ def forward(
 class Predictor:
     """A compiled network with its weights, labels and preprocessing.
 
-    Every batch has the same shape, so that one program is compiled; the last one is padded. A batch
-    is split over this machine's devices.
+    All batches have the same shape, so that one program is compiled; the last one is padded. A
+    batch is split over this machine's devices.
 
     Attributes:
-        info: what the weights are.
+        info: the description of the weights.
         labels: a name for each logit.
-        batch_size: pictures a step: a multiple of the number of devices.
+        batch_size: images per step: a multiple of the number of devices.
     """
 
     def __init__(
@@ -86,18 +92,18 @@ class Predictor:
         top: int = 5,
         classes: Iterable[int] | None = None,
     ):
-        """Puts the weights on the devices.
+        """Copies the weights to the devices.
 
         Args:
             model: the network.
             params: its weights.
-            info: what they are.
-            batch_size: pictures a step; rounded up to a multiple of the number of devices.
-            top: how many classes to tell of each picture; all where there are fewer.
-            classes: the only ones to choose from; all where it is None.
+            info: the description of the weights.
+            batch_size: images per step; rounded up to a multiple of the number of devices.
+            top: number of classes in a prediction; all if there are fewer.
+            classes: the only classes to predict; all if None.
 
         Raises:
-            UserError: when the weights have no classes, or a number is out of range.
+            UserError: the weights have no classes, or a number is out of range.
         """
         if not info.num_classes:
             raise UserError("these weights have no classes to predict: expected some with a head")
@@ -113,10 +119,10 @@ class Predictor:
         self._params = jax.device_put(params, NamedSharding(mesh, P()))
 
         def best(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the TPU kernels ask for it
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the TPU kernels
                 logits = forward(params, images, model=model, preprocessing=info.preprocessing)
-            chances = jax.nn.softmax(logits[:, chosen])
-            values, places = jax.lax.top_k(chances, min(top, chosen.size))
+            probabilities = jax.nn.softmax(logits[:, chosen])
+            values, places = jax.lax.top_k(probabilities, min(top, chosen.size))
             return values, chosen[places]
 
         options = compiler_options(mesh.devices.flat[0].platform)
@@ -128,25 +134,27 @@ class Predictor:
         name_or_path: str | os.PathLike[str],
         *,
         model: str | None = None,
+        allow_non_finite: bool = False,
         dtype: Any = jnp.float32,
         **options: Any,
     ) -> "Predictor":
-        """Reads weights, as `mambaout_jax.read_weights` does, and compiles their network.
+        """Reads weights as `mambaout_jax.read_weights` does, and compiles their network.
 
         Args:
-            name_or_path: a name of the hub's, a torch file, or a checkpoint.
-            model: the variant, where a file's weights do not tell it.
+            name_or_path: as in `read_weights`.
+            model: as in `read_weights`.
+            allow_non_finite: as in `read_weights`.
             dtype: of the computation.
-            **options: as those of `Predictor`.
+            **options: of `Predictor`.
 
         Raises:
-            UserError: when there are no such weights.
+            UserError: there are no such weights.
         """
-        params, info = read_weights(name_or_path, model=model)
+        params, info = read_weights(name_or_path, model=model, allow_non_finite=allow_non_finite)
         return cls(info.create_model(dtype=dtype), params, info, **options)
 
     def predict_images(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Classifies prepared pictures, uint8 [N, H, W, 3], N at most the batch size.
+        """Classifies preprocessed images, uint8 [N, H, W, 3], N at most the batch size.
 
         Returns:
             The best classes' probabilities, float32 [N, top], and their numbers, int32 [N, top].
@@ -155,13 +163,13 @@ class Predictor:
         return np.asarray(values)[: len(images)], np.asarray(indices)[: len(images)]
 
     def predict_files(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[Prediction]:
-        """Classifies files, in their order; the next batch is decoded while one is computed.
+        """Classifies files in order; the next batch is decoded while one is computed.
 
-        A picture that cannot be read or decoded is told by its prediction's `error`.
+        The prediction of an image that cannot be read or decoded has an `error`.
         """
-        readers = ((os.fspath(path), Path(path).read_bytes) for path in paths)
+        readers = ((os.fspath(path), functools.partial(read_image_file, path)) for path in paths)
         for name, found in self.predict_encoded(readers):
-            if isinstance(found, UserError):
+            if isinstance(found, BadImageError):
                 yield Prediction(name, (), str(found))
                 continue
             guesses = zip(found[1].tolist(), found[0].tolist(), strict=True)
@@ -169,20 +177,20 @@ class Predictor:
             yield Prediction(name, best)
 
     def predict_encoded(
-        self, pictures: Iterable[tuple[str, Callable[[], bytes]]]
-    ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray] | UserError]]:
-        """Classifies encoded pictures: pairs of a name and a function that reads the file's bytes.
+        self, images: Iterable[tuple[str, Callable[[], bytes]]]
+    ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray] | BadImageError]]:
+        """Classifies encoded images, given as a name and a function that reads the file's bytes.
 
         Yields:
-            The name, and the best classes' (probabilities [top], numbers [top]) or what is wrong
-            with the picture.
+            The name, and either the best classes' (probabilities [top], numbers [top]) or the error
+            of an image that cannot be read or decoded.
         """
         pending: tuple[list, tuple] | None = None
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            for chunk in _chunks(pictures, self.batch_size):
+            for chunk in _chunks(images, self.batch_size):
                 prepared = list(pool.map(self._prepare, chunk))
-                images = [image for _, image in prepared if isinstance(image, np.ndarray)]
-                result: tuple = self._dispatch(np.stack(images)) if images else ((), ())
+                arrays = [image for _, image in prepared if isinstance(image, np.ndarray)]
+                result: tuple = self._dispatch(np.stack(arrays)) if arrays else ((), ())
                 if pending:
                     yield from _collect(*pending)
                 pending = prepared, result
@@ -190,15 +198,13 @@ class Predictor:
             yield from _collect(*pending)
 
     def _prepare(
-        self, picture: tuple[str, Callable[[], bytes]]
-    ) -> tuple[str, np.ndarray | UserError]:
-        name, read = picture
+        self, image: tuple[str, Callable[[], bytes]]
+    ) -> tuple[str, np.ndarray | BadImageError]:
+        name, read = image
         try:
             return name, preprocess_image(read(), self.info.preprocessing, name)
         except BadImageError as error:
             return name, error
-        except OSError as error:
-            return name, UserError(f"{name} cannot be read: {error.strerror}")
 
     def _dispatch(self, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
         padding = ((0, self.batch_size - len(images)), (0, 0), (0, 0), (0, 0))
@@ -212,20 +218,20 @@ def _chunks(items: Iterable, size: int) -> Iterator[list]:
 
 
 def _collect(prepared: list, result: tuple) -> Iterator[tuple[str, Any]]:
-    """Pairs each picture that was prepared with its row of the answer."""
+    """Pairs each image that was prepared with its row of the result."""
     rows = zip(*map(np.asarray, result), strict=True)
     for name, image in prepared:
-        yield name, image if isinstance(image, UserError) else next(rows)
+        yield name, image if isinstance(image, BadImageError) else next(rows)
 
 
-def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Returns the files named, and the pictures in the folders named and in those below, sorted.
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Returns the files that are named, and the images in the folders that are named, sorted.
 
-    In a folder the suffix tells a picture, and hidden files are left out; a file that is named is
-    taken whatever its suffix.
+    Folders are searched recursively for files with an image's suffix that are not hidden. A file
+    that is named needs no such suffix.
 
     Raises:
-        UserError: when there is no such file, or a folder holds no pictures.
+        UserError: there is no such file, it is not a regular file, or a folder holds no images.
     """
     from PIL import Image
 
@@ -234,16 +240,18 @@ def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     found: list[Path] = []
     for path in (Path(path or "''") for path in paths):  # Path("") would be this folder
         if path.is_dir():
-            pictures = [
+            images = [
                 file
                 for file in sorted(path.rglob("[!.]*"))
                 if file.suffix.lower() in suffixes and file.is_file()
             ]
-            if not pictures:
-                raise UserError(f"the folder {path} holds no pictures: expected .jpg, .png, …")
-            found += pictures
-        elif path.exists():
+            if not images:
+                raise UserError(f"the folder {path} holds no images: expected .jpg, .png, …")
+            found += images
+        elif path.is_file():
             found.append(path)
+        elif path.exists():
+            raise UserError(f"{path} is not a regular file: expected an image or a folder of them")
         else:
-            raise UserError(f"there is no file {path}: expected pictures or folders of them")
+            raise UserError(f"there is no file {path}: expected an image or a folder of them")
     return found

@@ -1,4 +1,4 @@
-"""The published weights on the Hugging Face hub, and the preprocessing that belongs to a name."""
+"""The published weights on the Hugging Face hub, and the preprocessing of each name."""
 
 import dataclasses
 
@@ -14,8 +14,8 @@ HUB_FILE = "model.safetensors"  # in each repository
 class Pretrained:
     """One set of published weights.
 
-    `top1` is the published accuracy in percent on ImageNet-1k with this very preprocessing, None
-    where the classes are others.
+    `top1` is the published ImageNet-1k accuracy in percent with this preprocessing; None for other
+    classes.
     """
 
     variant: str
@@ -25,7 +25,7 @@ class Pretrained:
 
 
 def variant_preprocessing(name: str) -> Preprocessing:
-    """Returns the evaluation preprocessing of a variant at its own size."""
+    """Returns the evaluation preprocessing of a variant at its default size."""
     variant = find_variant(name)
     return Preprocessing(size=variant.image_size, crop_pct=variant.crop_pct)
 
@@ -54,18 +54,31 @@ PRETRAINED: dict[str, Pretrained] = {
         _PLUS, variant_preprocessing(_PLUS), num_classes=11_821
     ),
 }
+# The weights of a variant's name alone. They are timm's default tags.
+DEFAULT_TAGS: dict[str, str] = {
+    "mambaout_femto": "mambaout_femto.in1k",
+    "mambaout_kobe": "mambaout_kobe.in1k",
+    "mambaout_tiny": "mambaout_tiny.in1k",
+    "mambaout_small": "mambaout_small.in1k",
+    "mambaout_base": "mambaout_base.in1k",
+    "mambaout_small_rw": "mambaout_small_rw.sw_e450_in1k",
+    "mambaout_base_short_rw": "mambaout_base_short_rw.sw_e500_in1k",
+    "mambaout_base_tall_rw": "mambaout_base_tall_rw.sw_e500_in1k",
+    "mambaout_base_wide_rw": "mambaout_base_wide_rw.sw_e500_in1k",
+    "mambaout_base_plus_rw": "mambaout_base_plus_rw.sw_e150_in12k_ft_in1k",
+}
 
 
 def list_pretrained() -> list[str]:
-    """Returns the names that `load_pretrained` fetches from the hub."""
+    """Returns the names of the published weights, which `load_pretrained` takes."""
     return list(PRETRAINED)
 
 
 def find_pretrained(name: str) -> Pretrained:
-    """Returns what is known of the hub's weights `name`; the owner "timm/" may stand before it.
+    """Returns the record of published weights; `name` may start with the owner, "timm/".
 
     Raises:
-        UserError: when there are none of that name, with the nearest and the known ones.
+        UserError: the name is unknown; lists the known ones.
     """
     name = name.removeprefix(f"{HUB_OWNER}/")
     if name in PRETRAINED:
@@ -75,10 +88,10 @@ def find_pretrained(name: str) -> Pretrained:
 
 
 def preprocessing(name: str) -> Preprocessing:
-    """Returns the evaluation preprocessing of a variant, or of the hub's weights of that name.
+    """Returns the evaluation preprocessing of a variant or of published weights.
 
     Raises:
-        UserError: when the name is neither.
+        UserError: the name is unknown.
     """
     has_tag = "." in name
     return find_pretrained(name).preprocessing if has_tag else variant_preprocessing(name)

@@ -1,70 +1,81 @@
-"""The published weights on the Hugging Face hub.
+"""Downloads the published weights from the Hugging Face hub.
 
-Cache, offline mode (HF_HUB_OFFLINE), mirror (HF_ENDPOINT), resumption and tokens (HF_TOKEN) are
-huggingface_hub's own.
+The cache, offline mode (HF_HUB_OFFLINE), mirrors (HF_ENDPOINT), resumed downloads and tokens
+(HF_TOKEN) are huggingface_hub's own.
 """
 
+import contextlib
 import hashlib
+import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import UserError, first_line
 from mambaout_jax.models.pretrained import HUB_FILE, HUB_OWNER, find_pretrained
 
 
 def fetch(name: str) -> Path:
-    """Returns the local file of the hub's weights `name`, downloaded if it is not in the cache.
+    """Returns the local file of the weights `name` on the hub, downloaded if it is not cached.
 
     Raises:
-        UserError: when the name is unknown, the hub cannot be reached or refuses, the file is not
-            in the cache and the hub is switched off, or the file is damaged.
+        UserError: the name is unknown, the hub cannot be reached or refuses, the file is not cached
+            in offline mode, or it is damaged.
     """
     name = name.removeprefix(f"{HUB_OWNER}/")
     find_pretrained(name)
     repository = f"{HUB_OWNER}/{name}"
     try:
-        path = Path(huggingface_hub.hf_hub_download(repository, HUB_FILE))
-    except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
-        raise UserError(
-            f"{constants.ENDPOINT} has no {repository}/{HUB_FILE}, or shows it with a token alone: "
-            "set HF_TOKEN"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(_unreachable(repository, error)) from error
-    except Exception as error:  # of the network's libraries, which differ between releases
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"{repository}/{HUB_FILE} cannot be fetched from {constants.ENDPOINT}: {reason}"
-        ) from error
+        with _silent_retries():
+            path = Path(huggingface_hub.hf_hub_download(repository, HUB_FILE))
+    except Exception as error:  # the network libraries' own, which differ between releases
+        # The chain of the network libraries' errors would hide the sentence.
+        raise UserError(_explain(error, repository)) from None
     _check(path)
     return path
 
 
-def _unreachable(repository: str, error: BaseException) -> str:
-    """Returns what to tell of a file that is neither in the cache nor to be had."""
-    if constants.HF_HUB_OFFLINE:
+@contextlib.contextmanager
+def _silent_retries() -> Iterator[None]:
+    """Hides huggingface_hub's log lines of failed tries; its progress bars stay."""
+    logger = logging.getLogger("huggingface_hub")
+    was = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(was)
+
+
+def _explain(error: Exception, repository: str) -> str:
+    """Returns the message for a download that failed."""
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        remedy = f"give the path of a {HUB_FILE} that was downloaded elsewhere"
+        missing = f"{repository} is not in the cache {constants.HF_HUB_CACHE}"
+        if constants.HF_HUB_OFFLINE:
+            return f"{missing} and HF_HUB_OFFLINE is set: unset it, or {remedy}"
+        reason = first_line(error.__cause__ or error)
         return (
-            f"{repository} is not in the cache {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set: "
-            f"unset it, or give the path of the {HUB_FILE} downloaded elsewhere"
+            f"{missing} and {constants.ENDPOINT} cannot be reached ({reason}): check the network, "
+            f"or {remedy}"
         )
-    cause = error.__cause__ or error
-    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
-    return (
-        f"{repository} is not in the cache {constants.HF_HUB_CACHE} and {constants.ENDPOINT} "
-        f"cannot be reached ({reason}): check the network, or give the path of the {HUB_FILE} "
-        "downloaded elsewhere"
-    )
+    if isinstance(error, errors.RepositoryNotFoundError | errors.EntryNotFoundError):
+        return (
+            f"{constants.ENDPOINT} has no {repository}/{HUB_FILE}, or needs a token to show it: "
+            "set HF_TOKEN"
+        )
+    return f"cannot download {repository}/{HUB_FILE} from {constants.ENDPOINT}: {first_line(error)}"
 
 
 def _check(path: Path) -> None:
-    """Compares a large file with the SHA-256 that the hub named it by in the cache."""
+    """Compares a file with its SHA-256, which is its name in the cache."""
     blob = path.resolve()
     if not re.fullmatch("[0-9a-f]{64}", blob.name):
         return
     with blob.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != blob.name:
-        raise UserError(f"{path} is damaged: remove {blob} to have it fetched again")
+        raise UserError(f"{path} is damaged: remove {blob} to download it again")

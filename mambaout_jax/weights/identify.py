@@ -1,4 +1,4 @@
-"""Tells a torch state dict's layout, variant and classes by the tensors themselves."""
+"""Finds the layout, the variant and the number of classes of a torch state dict."""
 
 import re
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ _BLOCK = {
 
 
 def find_layout(names: Mapping[str, object]) -> Layout:
-    """Tells the layout of a state dict by its names.
+    """Returns the layout of a state dict, found by its names.
 
     Raises:
-        UserError: when it is neither.
+        UserError: it is neither.
     """
     if any(name.startswith("downsample_layers.") for name in names):
         return "original"
@@ -29,19 +29,19 @@ def find_layout(names: Mapping[str, object]) -> Layout:
         return "timm"
     found = ", ".join(str(name)[:60] for name in list(names)[:3])
     raise UserError(
-        "these are no MambaOut weights: expected tensors named downsample_layers.* (the paper's "
+        "these are not MambaOut weights: expected tensors named downsample_layers.* (the paper's "
         f"layout) or stem.* (timm's), found {found or 'no tensor'}"
     )
 
 
 def find_classes(shapes: Shapes) -> int:
-    """Tells the number of classes, 0 where the last layer is missing."""
+    """Returns the number of classes, 0 if the last layer is missing."""
     shape = shapes.get(LAST_LAYER[find_layout(shapes)], ())
     return shape[0] if shape else 0
 
 
 def candidates(shapes: Shapes) -> list[str]:
-    """Returns the variants that nothing found in the state dict speaks against."""
+    """Returns the variants whose depths and widths agree with the tensors that were found."""
     layout = find_layout(shapes)
     blocks: dict[int, set[int]] = {}
     sizes: dict[tuple[int, str], tuple[int, ...]] = {}
@@ -68,19 +68,19 @@ def candidates(shapes: Shapes) -> list[str]:
 
 
 def _block_sizes(variant: Variant, width: int) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes in a block that tell variants of the same depths apart."""
+    """Returns the shapes in a block that distinguish variants of the same depths."""
     hidden, conv = int(variant.expansion_ratio * width), int(variant.conv_ratio * width)
     return {"norm.weight": (width,), "fc2.weight": (width, hidden), "conv.bias": (conv,)}
 
 
 def find_variant_of(shapes: Shapes) -> str:
-    """Tells the variant that a state dict belongs to.
+    """Returns the variant of a state dict.
 
     Raises:
-        UserError: when there is none, or more than one.
+        UserError: none fits, or more than one.
     """
     names = candidates(shapes)
     if len(names) == 1:
         return names[0]
     which = f"may be {' or '.join(names)}" if names else "fit none of the known variants"
-    raise UserError(f"cannot tell the model by its tensors, they {which}: name the model")
+    raise UserError(f"cannot find the model from its tensors, they {which}: name the model")

@@ -1,60 +1,92 @@
-"""Weights from wherever they are: the hub, a PyTorch file, a checkpoint of ours."""
+"""Reads weights from the hub, a PyTorch file, a converted checkpoint or a run."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from mambaout_jax.bucket import absolute, is_bucket
-from mambaout_jax.errors import UserError
-from mambaout_jax.models.mambaout import MambaOut
-from mambaout_jax.models.pretrained import PRETRAINED, find_pretrained, preprocessing
+from mambaout_jax.errors import UserError, did_you_mean
+from mambaout_jax.models.mambaout import MambaOut, create_model
+from mambaout_jax.models.pretrained import (
+    DEFAULT_TAGS,
+    HUB_OWNER,
+    PRETRAINED,
+    find_pretrained,
+    preprocessing,
+)
 from mambaout_jax.models.variants import VARIANTS, find_variant
-from mambaout_jax.weights.identify import find_classes, find_variant_of
-from mambaout_jax.weights.store import WeightsInfo, load_weights
-from mambaout_jax.weights.torch_file import SUFFIXES, read_state_dict
-from mambaout_jax.weights.torch_layout import from_torch
+from mambaout_jax.weights.head import fit_head
+from mambaout_jax.weights.identify import Shapes, find_classes, find_variant_of
+from mambaout_jax.weights.info import WeightsInfo
+from mambaout_jax.weights.integrity import check_finite
+from mambaout_jax.weights.shapes import mismatches, param_shapes, tree_shapes
+from mambaout_jax.weights.store import load_weights
+from mambaout_jax.weights.torch_file import SUFFIXES, StateDict, read_state_dict
+from mambaout_jax.weights.torch_layout import check_shapes, from_torch
 
 
 def load_pretrained(
-    name_or_path: epath.PathLike, *, model: str | None = None, dtype: Any = jnp.float32
+    name_or_path: epath.PathLike,
+    *,
+    model: str | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+    dtype: Any = jnp.float32,
+    allow_non_finite: bool = False,
+    **options: Any,
 ) -> tuple[MambaOut, dict[str, Any]]:
     """Returns a model and its weights.
 
     Args:
-        name_or_path: as in `read_weights`, which also tells the preprocessing and the classes.
+        name_or_path: as in `read_weights`, which also returns the preprocessing and the classes.
         model: as in `read_weights`.
+        num_classes: width of the logits; that of the weights if None. Another number gives the
+            model a new last layer, initialised as for training; 0 leaves the head out.
+        seed: of the new last layer: it is drawn from `jax.random.key(seed)`.
         dtype: type of the computation; the parameters are float32.
+        allow_non_finite: as in `read_weights`.
+        **options: further options of `create_model`, such as `drop_path_rate=0.1`.
 
     Returns:
         The module and the nested dict of float32 arrays for `module.apply({"params": ...}, ...)`.
 
     Raises:
-        UserError: as `read_weights`.
+        UserError: as `read_weights`, and when an option is unknown or changes the parameters.
     """
-    params, info = read_weights(name_or_path, model=model)
-    return info.create_model(dtype=dtype), params
+    params, info = read_weights(name_or_path, model=model, allow_non_finite=allow_non_finite)
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    network = info.create_model(dtype=dtype, **options)
+    params, _ = fit_head(params, info.num_classes, network, jax.random.key(seed))
+    if errors := mismatches(tree_shapes(params), param_shapes(network)):
+        raise UserError(
+            f"the weights {name_or_path} do not fit {info.model} with these options: "
+            f"{'; '.join(errors)}"
+        )
+    return network, params
 
 
 def read_weights(
-    name_or_path: epath.PathLike, *, model: str | None = None
+    name_or_path: epath.PathLike, *, model: str | None = None, allow_non_finite: bool = False
 ) -> tuple[dict[str, Any], WeightsInfo]:
-    """Reads weights and what belongs to them.
+    """Reads weights and their description.
 
     Args:
-        name_or_path: a name of the hub's (see `mambaout_jax.list_pretrained`), a .safetensors,
-            .pth or .pt file in either layout, a converted checkpoint, a run's working directory
-            (its best step is taken) or one step of its checkpoints.
-        model: the variant, or the hub's name, of a file's weights; told by the tensors where it is
-            None. The hub's name brings the preprocessing along.
+        name_or_path: a name on the hub (see `mambaout_jax.list_pretrained`); a variant, for its
+            default weights; a .safetensors, .pth or .pt file in either layout; a converted
+            checkpoint; a run's working directory, for its best step; or one step of a run.
+        model: the variant, or the name on the hub, of a file's weights; found by the tensors if
+            None. A name on the hub also selects its preprocessing.
+        allow_non_finite: whether to accept NaN and infinity.
 
     Raises:
-        UserError: when there is nothing of that name, or what there is cannot be read or does not
-            fit the model.
+        UserError: there is nothing of that name, or it cannot be read, is damaged or does not fit
+            the model.
     """
     path = epath.Path(name_or_path).expanduser()
     if is_bucket(path):
@@ -63,35 +95,39 @@ def read_weights(
         params, info = load_weights(path)
         if model is not None and _variant(model) != info.model:
             raise UserError(f"the weights in {path} are {info.model}'s, not {model}'s")
+        if not allow_non_finite:
+            check_finite(params, f"the checkpoint {path}")
         return params, info
     file, hub_name = locate(name_or_path)
-    return convert(read_state_dict(file).tensors, model or hub_name, hub_name or file.name)
+    model = model or hub_name
+    tensors = read_file(file, model).tensors
+    return convert(tensors, model, hub_name or file.name, allow_non_finite=allow_non_finite)
 
 
 def locate(name_or_path: epath.PathLike) -> tuple[Path, str | None]:
-    """Returns the local file of weights, downloaded where need be, and the hub's name of it.
+    """Returns the local file of weights, downloaded if necessary, and its name on the hub.
 
     Raises:
-        UserError: when there is no such file and the hub has nothing of that name.
+        UserError: there is no such file, and no such name on the hub.
     """
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
     if is_bucket(name):
         raise UserError(
-            f"there is no checkpoint in {name}: expected a folder of a checkpoint or of a run; a "
-            "file of weights is to be copied to a disk first"
+            f"there is no checkpoint in {name}: expected the folder of a checkpoint or of a run; "
+            "copy a file of weights to a local disk first"
         )
     if path.suffix in SUFFIXES or path.exists():
         return path, None
+    name = name.removeprefix(f"{HUB_OWNER}/")
     if name in VARIANTS:
-        tags = [known for known, entry in PRETRAINED.items() if entry.variant == name]
-        hint = f"its weights are {', '.join(tags)}" if tags else "there are no weights of it"
-        raise UserError(f"{name!r} names a network, not weights: {hint}")
-    if "." not in name or name.count("/") > 1:
-        near = difflib.get_close_matches(name, PRETRAINED, 1)
-        hint = f" did you mean {near[0]!r}?" if near else ""
+        if name not in DEFAULT_TAGS:
+            raise UserError(f"{name} has no pretrained weights")
+        name = DEFAULT_TAGS[name]
+    elif "." not in name or "/" in name:
         raise UserError(
-            f"there are no weights {name!r}:{hint} expected a directory, a file that ends in "
-            f"{', '.join(SUFFIXES)}, or a name of the hub's such as {next(iter(PRETRAINED))}"
+            f"there are no weights {str(name_or_path)!r}{did_you_mean(name, PRETRAINED)} (expected "
+            f"a directory, a file that ends in {', '.join(SUFFIXES)}, or a name on the hub such as "
+            f"{next(iter(PRETRAINED))})"
         )
     find_pretrained(name)
     from mambaout_jax.weights import hub
@@ -99,37 +135,66 @@ def locate(name_or_path: epath.PathLike) -> tuple[Path, str | None]:
     return hub.fetch(name), name
 
 
+def read_file(path: Path, model: str | None) -> StateDict:
+    """Reads a file of PyTorch weights; refuses names and shapes that do not fit the model.
+
+    Args:
+        path: a .safetensors, .pth or .pt file.
+        model: as in `convert`.
+
+    Raises:
+        UserError: the file cannot be read, or is another model's.
+    """
+
+    def check(shapes: Shapes) -> None:
+        variant, num_classes = _identify(shapes, model)
+        network = create_model(variant, num_classes=num_classes or None)
+        check_shapes(shapes, network, variant)
+
+    return read_state_dict(path, check)
+
+
 def convert(
-    tensors: Mapping[str, np.ndarray], model: str | None, source: str
+    tensors: Mapping[str, np.ndarray],
+    model: str | None,
+    source: str,
+    *,
+    allow_non_finite: bool = False,
 ) -> tuple[dict[str, Any], WeightsInfo]:
-    """Converts a torch state dict, and gathers what belongs to it.
+    """Converts a torch state dict to parameters and their description.
 
     Args:
         tensors: torch's names to arrays, in either layout.
-        model: a variant's or a hub's name; None to tell the variant by the tensors.
+        model: a variant, or a name on the hub; None to find the variant by the tensors.
         source: where the tensors come from.
+        allow_non_finite: whether to accept NaN and infinity.
 
     Raises:
-        UserError: when the model cannot be told, or the tensors do not fit it.
+        UserError: the model cannot be found, or the tensors do not fit it.
     """
     shapes = {name: np.shape(array) for name, array in tensors.items()}
-    num_classes = find_classes(shapes)
-    if model is None:
-        model = find_variant_of(shapes)
-    variant = _variant(model)
-    if variant != model:
-        num_classes = find_pretrained(model).num_classes
-    params = from_torch(tensors, variant, num_classes=num_classes or None)
+    variant, num_classes = _identify(shapes, model)
+    params = from_torch(
+        tensors, variant, num_classes=num_classes or None, allow_non_finite=allow_non_finite
+    )
     return params, WeightsInfo(
         model=variant,
         num_classes=num_classes,
-        preprocessing=preprocessing(model),
+        preprocessing=preprocessing(model or variant),
         source=source,
     )
 
 
+def _identify(shapes: Shapes, model: str | None) -> tuple[str, int]:
+    """Returns the variant and the number of classes of a state dict."""
+    if model is None:
+        return find_variant_of(shapes), find_classes(shapes)
+    variant = _variant(model)
+    return variant, find_classes(shapes) if model == variant else find_pretrained(model).num_classes
+
+
 def _variant(name: str) -> str:
-    """Returns the variant of a variant's or a hub's name."""
+    """Returns the variant of a variant's name or a name on the hub."""
     if "." in name:
         return find_pretrained(name).variant
     find_variant(name)

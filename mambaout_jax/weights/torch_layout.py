@@ -1,6 +1,6 @@
-"""The two PyTorch layouts of MambaOut's weights and ours: one table, read in both directions.
+"""Parameter names in PyTorch's two layouts and in ours: one table, read in both directions.
 
-The original layout is the paper's repository's, "timm" is timm's. Numpy in, numpy out.
+"original" is the layout of the paper's repository, "timm" is timm's. Both sides are numpy arrays.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
-from mambaout_jax.weights.identify import Layout, candidates, find_classes, find_layout
+from mambaout_jax.weights.identify import Layout, Shapes, candidates, find_classes, find_layout
 from mambaout_jax.weights.shapes import mismatches, param_shapes
 
-# Ours, original, timm. {s} is a stage and {b} a block; a row stands for a module or a parameter.
+# Ours, original, timm. {s} is a stage, {b} a block; a row is a module or a parameter.
 TABLE: tuple[tuple[str, str | None, str], ...] = (
     ("stem/conv1", "downsample_layers.0.conv1", "stem.conv1"),
     ("stem/norm1", "downsample_layers.0.norm1", "stem.norm1"),
@@ -35,16 +35,16 @@ TABLE: tuple[tuple[str, str | None, str], ...] = (
     ("head/norm2", "head.norm", "head.pre_logits.norm"),
     ("head/fc2", "head.fc2", "head.fc"),
 )
-# A module's parameter, ours to torch's.
+# Our names of a module's parameters to torch's.
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-# Axes of a torch kernel in the order of ours, and back: OIHW and HWIO; out, in and in, out.
+# Axes of a torch kernel in our order, and back: OIHW and HWIO; (out, in) and (in, out).
 TO_OURS = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A parameter in both worlds: its path in ours, and its name and shape in torch's."""
+    """A parameter: its path in our tree, and its name and shape in torch's layout."""
 
     path: tuple[str, ...]
     name: str
@@ -55,7 +55,7 @@ def torch_name(path: tuple[str, ...], layout: Layout) -> str:
     """Returns the torch name of the parameter at `path`.
 
     Raises:
-        UserError: when the layout has no such parameter.
+        UserError: the layout has no such parameter.
     """
     found = []
     for ours, original, timm in TABLE:
@@ -75,7 +75,7 @@ def torch_name(path: tuple[str, ...], layout: Layout) -> str:
 
 
 def torch_tensors(model: MambaOut, layout: Layout) -> Iterator[Tensor]:
-    """Yields every parameter of `model` with its place in `layout`."""
+    """Yields every parameter of `model` with its name in `layout`."""
     for path, shape in param_shapes(model).items():
         yield Tensor(path, torch_name(path, layout), _torch_shape(shape))
 
@@ -85,63 +85,81 @@ def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def from_torch(
-    state_dict: Mapping[str, np.ndarray], name: str | MambaOut, *, num_classes: int | None = None
+    state_dict: Mapping[str, np.ndarray],
+    name: str | MambaOut,
+    *,
+    num_classes: int | None = None,
+    allow_non_finite: bool = False,
 ) -> dict[str, Any]:
     """Converts a torch state dict, of either layout, to parameters.
 
     Args:
         state_dict: torch's names to arrays of float16, bfloat16, float32 or float64.
         name: the variant, or the model itself.
-        num_classes: width of the logits where `name` is a variant; 1000 where it is None.
+        num_classes: width of the logits if `name` is a variant; 1000 if it is None.
+        allow_non_finite: whether to accept NaN and infinity.
 
     Returns:
         The nested dict of float32 arrays that `model.apply({"params": ...}, ...)` takes.
 
     Raises:
-        UserError: when a tensor is missing, unexpected, of another shape or type, or not finite;
-            all are listed, with the variant that would fit if there is one.
+        UserError: a tensor is missing, unexpected, of another shape or type, or not finite. All are
+            listed, with the variant that fits if there is one.
     """
     model = create_model(name, num_classes=num_classes) if isinstance(name, str) else name
-    layout = find_layout(state_dict)
-    tensors = {tensor.name: tensor for tensor in torch_tensors(model, layout)}
-    shapes = {name: np.shape(array) for name, array in state_dict.items()}
-    errors = mismatches(shapes, {name: tensor.shape for name, tensor in tensors.items()})
-    if errors:
-        title = name if isinstance(name, str) else "the model"
-        fitting = _fitting(shapes, layout)
-        hint = f", they fit {fitting}" if fitting else ""
-        raise UserError(f"the weights do not fit {title}{hint}: {'; '.join(errors)}")
+    check_shapes({name: np.shape(array) for name, array in state_dict.items()}, model, name)
     params, errors = {}, []
-    for name, tensor in sorted(tensors.items()):
-        array = np.asarray(state_dict[name])
+    for tensor in sorted(torch_tensors(model, find_layout(state_dict)), key=lambda x: x.name):
+        array = np.asarray(state_dict[tensor.name])
         if not jnp.issubdtype(array.dtype, np.floating) or array.dtype.itemsize < 2:
-            errors.append(f"{name} is of type {array.dtype}, expected float32")
+            errors.append(f"{tensor.name} is of type {array.dtype}, expected float32")
             continue
         with np.errstate(over="ignore"):
             array = np.array(array.transpose(TO_OURS[array.ndim]), np.float32, order="C")
-        if not np.isfinite(array).all():
-            errors.append(f"{name} holds values that are not finite (NaN or infinity)")
+        if not allow_non_finite and not np.isfinite(array).all():
+            errors.append(f"{tensor.name} holds values that are not finite (NaN or infinity)")
         params[tensor.path] = array
     if errors:
         raise UserError(f"the weights cannot be used: {'; '.join(errors)}")
     return unflatten_dict(params)
 
 
+def check_shapes(shapes: Shapes, model: MambaOut, name: str | MambaOut) -> None:
+    """Checks that a state dict has the tensors of a model.
+
+    Args:
+        shapes: torch's names to shapes, in either layout.
+        model: the network.
+        name: the variant's name for the error, or the model.
+
+    Raises:
+        UserError: lists what is missing, unexpected or of another shape, and names the variant that
+            fits if there is one.
+    """
+    layout = find_layout(shapes)
+    errors = mismatches(shapes, {x.name: x.shape for x in torch_tensors(model, layout)})
+    if errors:
+        title = name if isinstance(name, str) else "the model"
+        fitting = _fitting(shapes, layout)
+        hint = f", they fit {fitting}" if fitting else ""
+        raise UserError(f"the weights do not fit {title}{hint}: {'; '.join(errors)}")
+
+
 def to_torch(
     params: Mapping[str, Any], name: str | MambaOut, layout: Layout = "timm"
 ) -> dict[str, np.ndarray]:
-    """Converts parameters to a torch state dict of numpy arrays: `from_torch` backwards.
+    """Converts parameters to a torch state dict of numpy arrays: the inverse of `from_torch`.
 
     Args:
         params: nested dict of arrays.
         name: the variant, with any number of classes, or the model itself.
-        layout: "timm", or "original": the paper's, which has no place for the _rw series.
+        layout: "timm", or "original" for the paper's, which has no names for the _rw series.
 
     Raises:
-        UserError: when the parameters are not the model's, or the layout has no name for one.
+        UserError: the parameters are not the model's, or the layout has no name for one.
     """
     if layout not in ("timm", "original"):
-        raise UserError(f"unknown layout {layout!r}: it is 'timm' or 'original'")
+        raise UserError(f"unknown layout {layout!r}: expected 'timm' or 'original'")
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     if isinstance(name, str):
         classes = flat.get(("head", "fc2", "bias"), np.empty(0)).size
@@ -156,8 +174,8 @@ def to_torch(
     }
 
 
-def _fitting(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> str:
-    """Returns the variant and the classes that the tensors fit exactly, "" for none."""
+def _fitting(shapes: Shapes, layout: Layout) -> str:
+    """Returns the variant and the number of classes that fit the tensors exactly, "" for none."""
     num_classes = find_classes(shapes)
     for name in candidates(shapes):
         model = create_model(name, num_classes=num_classes)

@@ -1,0 +1,3 @@
+"""The version of the package: its only place, which setup.py reads."""
+
+__version__ = "0.1.0"
