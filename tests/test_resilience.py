@@ -1,5 +1,6 @@
 """Runs under signals, damaged checkpoints, full disks, a second command and NaN losses."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,6 +22,7 @@ from etils import epath
 from small_run import ROOT, small_config, train
 
 from mambaout_jax.errors import PreemptedError, StorageError, UserError
+from mambaout_jax.runtime import storage
 from mambaout_jax.runtime.compilation import use_compilation_cache
 from mambaout_jax.runtime.goodput import COMPILE, DATA, DEVICE, Goodput
 from mambaout_jax.runtime.profiler import Profiler
@@ -30,6 +32,7 @@ from mambaout_jax.training import step as step_module
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.state import init_state
 from mambaout_jax.training.step import Recipe, update_step
+from mambaout_jax.weights.info import WeightsInfo
 from mambaout_jax.weights.store import load_weights
 
 
@@ -122,7 +125,8 @@ def test_a_run_does_not_start_from_scratch_where_all_checkpoints_are_damaged(sto
 
 def test_a_checkpoint_of_another_model_is_refused(stopped):
     path = stopped / "checkpoints/8/meta/metadata"
-    path.write_text(path.read_text().replace('"num_classes": 10', '"num_classes": 11'))
+    info = WeightsInfo.from_json(json.loads(path.read_text()))
+    path.write_text(json.dumps(dataclasses.replace(info, num_classes=11).to_json()))
     with pytest.raises(UserError, match=r"checkpoint 8 in .* is of another run: .* of 11 classes"):
         train(small_config(), stopped)
 
@@ -156,7 +160,7 @@ def test_storage_that_fails_once_is_read_again(finished, stopped, monkeypatch, c
 
 def test_storage_that_keeps_failing_is_not_damage(stopped, monkeypatch):
     monkeypatch.setattr(checkpoint, "restore", failing(checkpoint.restore, times=100))
-    monkeypatch.setattr(checkpoint, "READ_ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "READ_ATTEMPTS", 2)
     with pytest.raises(StorageError, match=r"checkpoint 8 in .* cannot be read: Input/output"):
         train(small_config(), stopped)
     assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"4", "8"}
@@ -238,6 +242,7 @@ def test_a_workdir_that_cannot_be_written_is_named():
 
 HOLD = """
 import pathlib, sys, time
+from mambaout_jax.runtime import storage
 from mambaout_jax.runtime.workdir import lock_workdir
 lock = lock_workdir(pathlib.Path(sys.argv[1]))
 print("held", flush=True)

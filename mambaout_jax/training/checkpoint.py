@@ -2,47 +2,38 @@
 
 WORKDIR/checkpoints/STEP holds the items `params`, `ema_params` (where the recipe averages),
 `optimizer`, `data` (the position of the data iterator and the metrics so far), `meta` (a
-`mambaout_jax.weights.store.WeightsInfo`) and, after an evaluation, `metrics`. So each checkpoint
+`mambaout_jax.weights.info.WeightsInfo`) and, after an evaluation, `metrics`. So each checkpoint
 can be loaded as weights by itself.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
 import os
-import re
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import tenacity
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mambaout_jax.bucket import absolute, children, failed
-from mambaout_jax.errors import AccessError, StorageError, UserError, first_line
+from mambaout_jax.errors import AccessError, StorageError, UserError
 from mambaout_jax.files import write_json
 from mambaout_jax.runtime.processes import all_or_none
+from mambaout_jax.runtime.storage import cause, reading
 from mambaout_jax.training.state import TrainState
+from mambaout_jax.weights.info import NewerFormatError, WeightsInfo
+from mambaout_jax.weights.integrity import fingerprints
 from mambaout_jax.weights.steps import DAMAGED, mark_copied_steps, set_aside, whole_steps
-from mambaout_jax.weights.store import WeightsInfo
 
 logger = logging.getLogger(__name__)
 
 METRIC = "top1"
-# Error numbers and words of storage that fails for a while, in messages of the system, of
-# TensorStore and of buckets' servers. Whatever else reading a checkpoint fails of is damage.
-TRANSIENT = re.compile(
-    r"\[Errno (5|11|16|70|103|104|110|111|113|116|121)\]"
-    r"|os_error_code='?(5|11|16|70|103|104|110|111|113|116|121)\b"
-    r"|UNAVAILABLE|DEADLINE_EXCEEDED|Too Many Requests|Service Unavailable|Connection reset"
-)
-READ_ATTEMPTS = 4
-
-T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -87,17 +78,22 @@ def has_checkpoint(workdir: epath.Path) -> bool:
 
 
 @jax.jit
-def fingerprint(state: Any) -> jax.Array:
-    """Returns a uint32 that changes with any bit of a float32 or int32 leaf.
-
-    Orbax notices files that are cut off, but not a flipped bit in an array. The sum does not depend
-    on how the state is split over devices.
-    """
+def state_fingerprint(state: Any) -> jax.Array:
+    """Returns the uint32 by which checkpoints from before format 1 prove their arrays."""
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(state):
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
         total = total * jnp.uint32(31) + bits.sum(dtype=jnp.uint32)
     return total
+
+
+def items_of(state: TrainState) -> dict[str, Any]:
+    """Returns the items of a checkpoint that hold arrays; `ema_params` may be None."""
+    return {
+        "params": state.params,
+        "ema_params": state.ema_params,
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
 
 
 @contextlib.contextmanager
@@ -119,19 +115,11 @@ def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
         raise UserError(f"cannot save to {manager.directory}: {cause(error)}; {good}") from error
 
 
-def cause(error: BaseException) -> str:
-    """Returns what a person needs to know of an error of Orbax or TensorStore."""
-    text = str(error)
-    if number := re.search(r"\[Errno (\d+)\]|os_error_code='?(\d+)", text):
-        return os.strerror(int(number[1] or number[2]))
-    return first_line(error)
-
-
 def save(
     manager: ocp.CheckpointManager,
     state: TrainState,
     data: dict[str, Any],
-    meta: dict[str, Any],
+    info: WeightsInfo,
     metrics: dict[str, float] | None,
 ) -> None:
     """Starts to save the state; returns once the arrays are copied from the devices.
@@ -140,21 +128,16 @@ def save(
         manager: of the workdir's checkpoints.
         state: the state after `state.step` steps.
         data: what else a resumed run continues from, as JSON stores it.
-        meta: the `WeightsInfo` as JSON.
+        info: what the weights are.
         metrics: of an evaluation at this step, None without one.
 
     Raises:
         UserError: when this save, or the one before it, cannot be written.
     """
-    data = data | {"fingerprint": int(fingerprint(state))}
-    items = {
-        "params": ocp.args.StandardSave(state.params),
-        "optimizer": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-        "data": ocp.args.JsonSave(data),
-        "meta": ocp.args.JsonSave(meta),
-    }
-    if state.ema_params is not None:
-        items["ema_params"] = ocp.args.StandardSave(state.ema_params)
+    arrays = {name: tree for name, tree in items_of(state).items() if tree is not None}
+    info = dataclasses.replace(info, fingerprints=fingerprints(**arrays))
+    items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    items |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(info.to_json())}
     with named_failure(manager):
         manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
@@ -173,7 +156,7 @@ def amend(
     manager: ocp.CheckpointManager,
     step: int,
     data: dict[str, Any],
-    meta: dict[str, Any],
+    info: WeightsInfo,
     metrics: dict[str, float],
 ) -> None:
     """Adds an evaluation to a checkpoint that was saved without it; arguments as in `save`.
@@ -184,50 +167,12 @@ def amend(
     folder = epath.Path(manager.directory) / str(step)
     with all_or_none():
         if jax.process_index() == 0:
-            old = json.loads((folder / "data" / "metadata").read_text())
+            saved = WeightsInfo.from_json(json.loads((folder / "meta" / "metadata").read_text()))
+            info = dataclasses.replace(info, fingerprints=saved.fingerprints)
             write_json(folder / "metrics" / "metrics", metrics)
-            write_json(folder / "meta" / "metadata", meta)
-            write_json(folder / "data" / "metadata", old | data)
+            write_json(folder / "meta" / "metadata", info.to_json())
+            write_json(folder / "data" / "metadata", data)
     manager.reload()
-
-
-def reading(read: Callable[[], T], what: str) -> T:
-    """Returns what `read` returns, after further attempts where storage fails for a while.
-
-    Raises:
-        StorageError: when storage still fails at the last attempt.
-        AccessError: when storage refuses access.
-        Exception: any other error of `read`: damage.
-    """
-
-    def report(attempt: tenacity.RetryCallState) -> None:
-        error = attempt.outcome and attempt.outcome.exception()
-        logger.warning("reading %s failed (%s): trying again", what, error and cause(error))
-
-    attempts = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
-        stop=tenacity.stop_after_attempt(READ_ATTEMPTS),
-        wait=tenacity.wait_exponential(multiplier=0.5),
-        before_sleep=report,
-        reraise=True,
-    )
-    try:
-        return attempts(read)
-    except Exception as error:
-        if is_transient(error):
-            raise StorageError(
-                f"{what} cannot be read: {cause(error)}; nothing was changed: the same command "
-                "continues when the storage can be read again"
-            ) from error
-        failure = failed(f"{what} cannot be read", error)
-        if isinstance(failure, AccessError):
-            raise failure from error
-        raise
-
-
-def is_transient(error: BaseException) -> bool:
-    """Returns whether an error is of storage that fails for a while."""
-    return bool(TRANSIENT.search(str(error))) or isinstance(failed("", error), StorageError)
 
 
 def restore(
@@ -244,14 +189,9 @@ def restore(
         ValueError: when the arrays are not those that were saved.
         Exception: others, as Orbax finds damage.
     """
-    optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
-    items = {
-        "params": ocp.args.StandardRestore(abstract.params),
-        "optimizer": ocp.args.StandardRestore(optimizer),
-        "data": ocp.args.JsonRestore(),
-    }
-    if abstract.ema_params is not None:
-        items["ema_params"] = ocp.args.StandardRestore(abstract.ema_params)
+    arrays = {name: tree for name, tree in items_of(abstract).items() if tree is not None}
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in arrays.items()}
+    items |= {"data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()}
     found = manager.restore(step, args=ocp.args.Composite(**items))
     state = TrainState(
         step=found["optimizer"]["step"],
@@ -259,8 +199,11 @@ def restore(
         opt_state=found["optimizer"]["opt_state"],
         ema_params=found["ema_params"] if abstract.ema_params is not None else None,
     )
-    data = dict(found["data"])
-    if data.pop("fingerprint", None) not in (None, int(fingerprint(state))):
+    data, info = dict(found["data"]), WeightsInfo.from_json(found["meta"])
+    older = data.pop("fingerprint", None)
+    if info.fingerprints not in ({}, fingerprints(**items_of(state))):
+        raise ValueError("its arrays are not those that were saved")
+    if older not in (None, int(state_fingerprint(state))):
         raise ValueError("its arrays are not those that were saved")
     if int(state.step) != step:
         raise ValueError(f"it holds step {int(state.step)}")
@@ -277,6 +220,8 @@ def check_model(manager: ocp.CheckpointManager, info: WeightsInfo) -> None:
         try:
             meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
             theirs = WeightsInfo.from_json(meta["meta"])
+        except NewerFormatError:
+            raise
         except Exception:  # damaged: `restore_newest` reports it
             continue
         if (theirs.model, theirs.num_classes) != (info.model, info.num_classes):

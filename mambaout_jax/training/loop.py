@@ -257,7 +257,7 @@ def late_evaluation(run: Run, position: Position, programs: Programs, session: S
     """Makes the evaluation that a stopped run owes, and adds it to the run's checkpoint."""
     position.evaluated = True
     if results := evaluate_and_record(run, position, programs, session):
-        info = run.weights_info(results).to_json()
+        info = run.weights_info(results)
         checkpoint.amend(session.manager, position.step, position.data(run), info, results)
 
 
@@ -265,7 +265,7 @@ def save(run: Run, position: Position, results: dict[str, float] | None, session
     """Starts to save a checkpoint."""
     with session.clock.of(goodput.SAVE):
         keep_record(session.workdir, run.record)
-        info = run.weights_info(results).to_json()
+        info = run.weights_info(results)
         session.recorder.flush()
         checkpoint.save(session.manager, position.state, position.data(run), info, results)
     session.progress.restart(position.step)

@@ -16,7 +16,7 @@ from mambaout_jax.training.recorder import Row
 from mambaout_jax.training.schedule import CosineSchedule
 from mambaout_jax.training.state import TrainState, init_params, init_state
 from mambaout_jax.training.step import Recipe
-from mambaout_jax.weights.store import WeightsInfo
+from mambaout_jax.weights.info import WeightsInfo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,72 @@
+"""Storage that fails: further attempts, and errors that tell faults of a while from damage."""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+import tenacity
+
+from mambaout_jax.bucket import failed
+from mambaout_jax.errors import AccessError, StorageError, first_line
+
+logger = logging.getLogger(__name__)
+
+# Error numbers and words of storage that fails for a while, in messages of the system, of
+# TensorStore and of buckets' servers. Whatever else reading a checkpoint fails of is damage.
+TRANSIENT = re.compile(
+    r"\[Errno (5|11|16|70|103|104|110|111|113|116|121)\]"
+    r"|os_error_code='?(5|11|16|70|103|104|110|111|113|116|121)\b"
+    r"|UNAVAILABLE|DEADLINE_EXCEEDED|Too Many Requests|Service Unavailable|Connection reset"
+)
+READ_ATTEMPTS = 4
+
+T = TypeVar("T")
+
+
+def cause(error: BaseException) -> str:
+    """Returns what a person needs to know of an error of Orbax or TensorStore."""
+    text = str(error)
+    if number := re.search(r"\[Errno (\d+)\]|os_error_code='?(\d+)", text):
+        return os.strerror(int(number[1] or number[2]))
+    return first_line(error)
+
+
+def reading(read: Callable[[], T], what: str) -> T:
+    """Returns what `read` returns, after further attempts where storage fails for a while.
+
+    Raises:
+        StorageError: when storage still fails at the last attempt.
+        AccessError: when storage refuses access.
+        Exception: any other error of `read`: damage.
+    """
+
+    def report(attempt: tenacity.RetryCallState) -> None:
+        error = attempt.outcome and attempt.outcome.exception()
+        logger.warning("reading %s failed (%s): trying again", what, error and cause(error))
+
+    attempts = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_transient),
+        stop=tenacity.stop_after_attempt(READ_ATTEMPTS),
+        wait=tenacity.wait_exponential(multiplier=0.5),
+        before_sleep=report,
+        reraise=True,
+    )
+    try:
+        return attempts(read)
+    except Exception as error:
+        if is_transient(error):
+            raise StorageError(
+                f"{what} cannot be read: {cause(error)}; nothing was changed: the same command "
+                "continues when the storage can be read again"
+            ) from error
+        failure = failed(f"{what} cannot be read", error)
+        if isinstance(failure, AccessError):
+            raise failure from error
+        raise
+
+
+def is_transient(error: BaseException) -> bool:
+    """Returns whether an error is of storage that fails for a while."""
+    return bool(TRANSIENT.search(str(error))) or isinstance(failed("", error), StorageError)
