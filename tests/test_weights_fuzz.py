@@ -289,7 +289,13 @@ def test_pth_with_a_compressed_member(tmp_path):
 
 @needs_torch
 def test_pth_of_the_old_format(tmp_path):
-    mutations = [(truncate, REFUSED), (change_byte, VALUES), (change_start, VALUES)]
+    mutations = [
+        (truncate, REFUSED),
+        (append, SAME),
+        (change_byte, VALUES),
+        (change_start, VALUES),
+        (change_end, VALUES),
+    ]
     run(tmp_path / "w.pth", mutations, torch_bytes(torch_tensors(), zipped=False))
 
 

@@ -1,4 +1,4 @@
-"""The hub, by huggingface_hub itself against a server on loopback that speaks its protocol."""
+"""The hub: huggingface_hub itself against a local server that speaks its protocol."""
 
 import json
 import os
@@ -12,17 +12,17 @@ from hub_server import HubServer, serving
 from safetensors.numpy import save_file
 
 import mambaout_jax
-from mambaout_jax.weights.store import digest
+from mambaout_jax.weights.integrity import digest
 
 ROOT = Path(__file__).parents[1]
 NAME = "mambaout_femto.in1k"
-# Loads each name, and prints what came of it as a line of JSON.
+# Loads each name, and prints the outcome as a line of JSON.
 SCRIPT = """
 import json, sys, time
 time.sleep = lambda seconds: None  # between the retries of huggingface_hub
 import mambaout_jax
 from mambaout_jax.errors import UserError
-from mambaout_jax.weights.store import digest
+from mambaout_jax.weights.integrity import digest
 
 for name in sys.argv[1:]:
     try:
@@ -65,7 +65,7 @@ def femto(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cached(femto, tmp_path_factory):
-    """A cache that the first answer filled, the answer, and what the server was asked."""
+    """A cache that the first download filled, the outcome, and the server's requests."""
     home = tmp_path_factory.mktemp("home")
     server = HubServer({f"timm/{NAME}": {"model.safetensors": femto[0]}}, cuts=1)
     with serving(server):
@@ -99,6 +99,8 @@ def test_the_cache_serves_offline_and_a_damaged_one_is_refused(femto, cached):
         [NAME, "mambaout_kobe.in1k", "mambaout_kobi.in1k"], home, dead, HF_HUB_OFFLINE="1"
     )
     assert found["digest"] == femto[1]
+    (default,) = load(["mambaout_femto"], home, dead, HF_HUB_OFFLINE="1")
+    assert default == found, "a variant's name stands for its default weights"
     assert "timm/mambaout_kobe.in1k is not in the cache" in missing["error"]
     assert "HF_HUB_OFFLINE is set: unset it, or give the path" in missing["error"]
     assert "did you mean 'mambaout_kobe.in1k'" in unknown["error"]
@@ -111,7 +113,7 @@ def test_the_cache_serves_offline_and_a_damaged_one_is_refused(femto, cached):
     assert "is damaged: remove" in damaged["error"]
 
 
-def test_what_the_hub_refuses_is_said_in_a_sentence(tmp_path):
+def test_a_refusal_of_the_hub_is_one_sentence(tmp_path):
     repositories = {
         "timm/mambaout_kobe.in1k": 404,
         "timm/mambaout_tiny.in1k": 401,
@@ -131,8 +133,38 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(tmp_path):
         assert "or needs a token to show it: set HF_TOKEN" in error
 
 
-def test_a_network_that_is_down_is_said_in_a_sentence(tmp_path):
+def test_a_network_that_is_down_is_one_sentence(tmp_path):
     (answer,) = load([NAME], tmp_path, "http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached" in answer["error"]
     assert "check the network" in answer["error"]
     assert "\n" not in answer["error"]
+
+
+def test_without_a_network_the_sentence_is_all_that_is_printed(tmp_path):
+    """No log of huggingface_hub's tries and no chain of its errors, also with logging set up."""
+    code = f"""
+import logging, time
+time.sleep = lambda seconds: None
+logging.basicConfig(level=logging.INFO)
+import mambaout_jax
+mambaout_jax.load_pretrained("{NAME}")
+"""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **inherited,
+            "HF_HOME": str(tmp_path),
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert lines[0] == "Traceback (most recent call last):"
+    assert done.stderr.count("Traceback") == 1
+    assert not [line for line in lines if "Retrying" in line or "huggingface_hub" in line]
+    assert lines[-1].startswith("mambaout_jax.errors.UserError: timm/mambaout_femto.in1k is not in")

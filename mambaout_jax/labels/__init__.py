@@ -1,4 +1,4 @@
-"""Names of classes: ImageNet-1k's, or those that weights bring along."""
+"""Names of classes: those of the weights, or ImageNet-1k's."""
 
 import functools
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ def class_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...
     """Returns a name for each logit.
 
     Args:
-        names: what the weights say of their classes, None where they say nothing. WordNet ids of
-            ImageNet-1k, as the folders and the data set have them, are turned into words.
+        names: the names in the weights' description, or None. WordNet ids of ImageNet-1k, which the
+            dataset and folders have as names, are replaced by words.
         num_classes: width of the logits.
 
     Returns:
-        The weights' names; else ImageNet-1k's where there are 1000 classes; else "class 0", ….
+        The weights' names; else ImageNet-1k's if there are 1000 classes; else "class 0", ….
     """
     if names is not None:
         words = dict(_imagenet())

@@ -11,8 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub import constants, errors
+from huggingface_hub import constants, errors, hf_hub_download
 
 from mambaout_jax.errors import UserError, first_line
 from mambaout_jax.models.pretrained import HUB_FILE, HUB_OWNER, find_pretrained
@@ -30,7 +29,7 @@ def fetch(name: str) -> Path:
     repository = f"{HUB_OWNER}/{name}"
     try:
         with _silent_retries():
-            path = Path(huggingface_hub.hf_hub_download(repository, HUB_FILE))
+            path = Path(hf_hub_download(repository, HUB_FILE))
     except Exception as error:  # the network libraries' own, which differ between releases
         # The chain of the network libraries' errors would hide the sentence.
         raise UserError(_explain(error, repository)) from None
