@@ -192,14 +192,19 @@ def watch(bucket: Any, key: str, generation: int, holder: Owner, path: epath.Pat
 
 
 def read(bucket: Any, key: str) -> tuple[int, Owner | None]:
-    """Returns the generation and the owner of a lease; 0 and None where there is no object."""
+    """Returns the generation and the owner of a lease.
+
+    The generation is 0 where there is no object. The owner is None there and where the object is no
+    lease, such as a lock that was copied from a disk.
+    """
     blob = bucket.get_blob(key)
     if blob is None:
         return 0, None
-    names = {field.name for field in dataclasses.fields(Owner)}
-    found = {key: value for key, value in (blob.metadata or {}).items() if key in names}
-    # Without them it is no lease, but a copy of a lock from a disk.
-    return blob.generation, Owner(**found) if found.keys() == names else None
+    found = blob.metadata or {}
+    if "token" not in found:
+        return blob.generation, None
+    names = [field.name for field in dataclasses.fields(Owner)]
+    return blob.generation, Owner(**{name: found.get(name, "") for name in names})
 
 
 def write(bucket: Any, key: str, owner: Owner, generation: int) -> int | None:
