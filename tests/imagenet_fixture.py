@@ -79,7 +79,7 @@ def train_tiny(directory: Path, workdir: Path, batch_size: int = 16) -> str:
     environment = os.environ | {"XLA_FLAGS": FAST_COMPILATION}
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr

@@ -48,7 +48,7 @@ def tars(tmp_path_factory):
 def tfds(*arguments):
     script = "from tensorflow_datasets.scripts.cli.main import launch_cli; launch_cli()"
     command = [sys.executable, "-c", script, *arguments]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=1200)
 
 
 def check(directory):

@@ -1,6 +1,6 @@
 """Every variant beside timm's own network: random weights, 224 and 288 pixels, batch 1 and 3.
 
-`pytest -n 0 -s tests/test_weights_parity.py -k logits` prints the table of docs/weights.md: the
+`pytest -n 0 -s -m slow tests/test_weights_parity.py -k logits` prints the table of docs/weights.md: the
 largest difference of two logits for each size and batch, and the largest logit.
 """
 
@@ -19,6 +19,7 @@ from mambaout_jax.weights.torch_layout import torch_tensors
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 timm = pytest.importorskip("timm", reason="timm is not installed")
+pytestmark = pytest.mark.slow
 
 CASES = [
     (name, layout)
