@@ -1,0 +1,1 @@
+"""Images that anyone can make again: fractals of 100 classes, drawn from formulas."""
