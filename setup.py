@@ -62,7 +62,6 @@ setup(
         "flax>=0.12",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.25",
-        "grain>=0.2.12",
         "array-record>=0.8",
         "tensorflow-datasets>=4.9.9",
         "ml_collections>=1.1",

@@ -92,4 +92,4 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def no_workers_unless_asked_for(monkeypatch):
     """Tests make few images: worker processes, by default one a core, would take longer."""
-    monkeypatch.setattr("mambaout_jax.data.prefetch.usable_cores", lambda: 2)
+    monkeypatch.setattr("mambaout_jax.data.parallel.usable_cores", lambda: 2)

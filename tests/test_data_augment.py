@@ -37,7 +37,9 @@ def plain_config(**augment):
 
 def transformed(seed=0, **augment):
     transform = TrainTransform(build_augmentation(plain_config(**augment)), "auto")
-    return transform(png(NOISE), np.random.default_rng(seed), "noise")
+    image = np.empty(transform.shape, np.uint8)
+    transform(png(NOISE), np.random.default_rng(seed), "noise", image)
+    return image
 
 
 def uniform_distance(samples, low, high):

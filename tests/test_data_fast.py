@@ -1,4 +1,4 @@
-"""The fast backend against Pillow: equal pixels, whatever the picture and the parameters."""
+"""The fast backend against Pillow: equal pixels, for all images and parameters."""
 
 import io
 
@@ -27,7 +27,7 @@ OPERATIONS = [image_ops.operations(backend) for backend in BOTH]
 
 
 def noise(width, height, seed=0):
-    """A picture of smooth parts and of noise."""
+    """An image of smooth parts and of noise."""
     random = np.random.RandomState(seed)
     coarse = Image.fromarray(random.randint(0, 256, (5, 5, 3), np.uint8))
     pixels = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
@@ -94,7 +94,7 @@ def test_blends_are_pillows(name):
 
 
 def with_few_values(image, seed):
-    """The picture with a narrower range, a single colour, or few values of very uneven counts."""
+    """The image with a narrower range, a single colour, or few values of very uneven counts."""
     pixels = np.array(image)
     if seed % 4 == 1:
         return Image.fromarray(pixels // 3 + 40)
@@ -125,9 +125,9 @@ def test_crops_are_decoded_to_pillows_pixels(sampling, options):
         pixels = np.asarray(noise(width, height))
         file = writer.compress(pixels, 90, getattr(writer.SAMP, sampling), **options)
         expected = PILLOW.open(file, "x")
-        picture = FAST.open(file, "x")
-        assert isinstance(picture, _LazyJpeg)
-        assert picture.size == (width, height)
+        image = FAST.open(file, "x")
+        assert isinstance(image, _LazyJpeg)
+        assert image.size == (width, height)
         boxes = [(0, 0, width, bottom) for bottom in range(1, height + 1)]
         boxes += [(left, height // 2, width, height) for left in range(width)]
         boxes += [(0, height // 3, right, height) for right in range(1, width + 1)]
@@ -137,7 +137,7 @@ def test_crops_are_decoded_to_pillows_pixels(sampling, options):
             boxes.append((int(left), int(top), int(right), int(bottom)))
         for box in boxes:
             size = (box[2] - box[0], box[3] - box[1])  # resized to itself
-            fast = FAST.resized_crop(picture, box, size, FILTERS[0])
+            fast = FAST.resized_crop(image, box, size, FILTERS[0])
             assert_same(fast, expected.crop(box), f"{width}x{height}: {box}")
 
 
@@ -199,14 +199,15 @@ def test_flaws_that_pillow_lets_pass_pass():
 )
 def test_the_whole_transform_is_the_same(policy, jitter):
     files = [jpeg(noise(120, 90, seed)) for seed in range(4)]
-    pictures = []
-    for backend in ("pillow", "fast"):
+    images = np.empty((2, 80, 48, 48, 3), np.uint8)
+    for out, backend in zip(images, ("pillow", "fast"), strict=True):
         config = default.get_config()
         config.data.image_size = 48
         config.augment.update(policy=policy, color_jitter=jitter)
         transform = TrainTransform(build_augmentation(config), backend)
-        pictures.append([transform(files[s % 4], np.random.default_rng(s), "x") for s in range(80)])
-    np.testing.assert_array_equal(*pictures)
+        for seed in range(80):
+            transform(files[seed % 4], np.random.default_rng(seed), "x", out[seed])
+    np.testing.assert_array_equal(*images)
 
 
 def test_the_fast_backend_is_taken_where_it_can_be():

@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +159,28 @@ def test_class_count_must_fit(imagenet):
         UserError, match=r"has 1000 classes, but the model has 10: .*\.num_classes=1000"
     ):
         open_source(data(dir=str(imagenet), num_classes=10), "train")
+
+
+def socket_at(path):
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(os.fspath(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (os.mkfifo, "a FIFO"),
+        (socket_at, "a socket"),
+        (lambda path: path.symlink_to("/dev/null"), "a device"),
+        (lambda path: path.mkdir(), "a folder"),
+        (lambda path: path.symlink_to("nowhere"), "a broken link"),
+    ],
+)
+def test_what_is_not_a_file_is_refused_when_the_folder_is_opened(folder, monkeypatch, make, kind):
+    monkeypatch.chdir(folder / "train" / "b")  # the path of a socket is short
+    make(Path("2.JPEG"))
+    with pytest.raises(UserError, match=rf"b/2.JPEG is {kind}, not a file: remove it"):
+        open_source(folder_data(folder), "train")
 
 
 def test_folder_mistakes_are_named(folder, tmp_path):

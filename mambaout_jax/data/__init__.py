@@ -1,1 +1,1 @@
-"""From files to batches: sources, decoding, augmentation, Grain pipelines, on-device mixing."""
+"""From files to batches: sources, decoding, augmentation, and batches made ahead of time."""

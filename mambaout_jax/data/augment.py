@@ -49,6 +49,7 @@ class TrainTransform:
 
     Attributes:
       made_by: the libraries that it uses, in words.
+      shape: of its images, [image_size, image_size, 3].
     """
 
     def __init__(self, augmentation: Augmentation, backend: str):
@@ -63,7 +64,9 @@ class TrainTransform:
         """
         self._backend = backends.open_backend(backend)
         self.made_by = self._backend.made_by
+        self.shape = (augmentation.image_size, augmentation.image_size, 3)
         self._options = augmentation
+        self._backend_name = backend
         self._filters = _FILTERS[augmentation.interpolation]
         self._policy = randaugment.parse_policy(
             augmentation.policy,
@@ -71,16 +74,19 @@ class TrainTransform:
             image_ops.operations(self._backend),
         )
 
-    def __call__(self, file_bytes: bytes, rng: np.random.Generator, name: str) -> np.ndarray:
+    def __reduce__(self) -> tuple:
+        return type(self), (self._options, self._backend_name)
+
+    def __call__(
+        self, file_bytes: bytes, rng: np.random.Generator, name: str, out: np.ndarray
+    ) -> None:
         """Decodes and augments an image.
 
         Args:
           file_bytes: the encoded file.
           rng: the source of every random number.
           name: the name of the file in messages.
-
-        Returns:
-          uint8 [image_size, image_size, 3].
+          out: where the image is written, uint8 [image_size, image_size, 3].
 
         Raises:
           BadImageError: the file is not an image, or a damaged one.
@@ -95,7 +101,7 @@ class TrainTransform:
         image = self._policy(image, rng)
         if options.color_jitter:
             image = color_jitter(image, options.color_jitter, rng, self._backend)
-        return np.asarray(image)
+        self._backend.write(image, out)
 
 
 def draw_crop(

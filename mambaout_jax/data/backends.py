@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import numpy as np
 from PIL import Image
 
 from mambaout_jax.data import decoding, image_ops
@@ -11,8 +12,6 @@ from mambaout_jax.errors import UserError
 
 class Backend(image_ops.Pixels, Protocol):
     """Decodes, crops and changes images.
-
-    `np.asarray` of any image but an opened one is uint8 [H, W, 3].
 
     Attributes:
       made_by: the libraries that it uses, in words.
@@ -33,6 +32,9 @@ class Backend(image_ops.Pixels, Protocol):
     ) -> AnyImage:
         """Resizes the box (left, top, right, bottom) to (width, height); mirrors it if asked."""
 
+    def write(self, image: AnyImage, out: np.ndarray) -> None:
+        """Writes an image, but not an opened one, to uint8 [H, W, 3]."""
+
 
 class PillowBackend(image_ops.PillowPixels):
     """Pillow, the library that timm uses."""
@@ -47,6 +49,10 @@ class PillowBackend(image_ops.PillowPixels):
         """See `Backend`."""
         resized = image.crop(box).resize(size, filter_)
         return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else resized
+
+    def write(self, image: Image.Image, out: np.ndarray) -> None:
+        """See `Backend`."""
+        out[:] = image
 
 
 def open_backend(name: str) -> Backend:

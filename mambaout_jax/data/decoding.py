@@ -5,7 +5,7 @@ import struct
 
 from PIL import Image, UnidentifiedImageError
 
-from mambaout_jax.errors import UserError, did_you_mean, first_line
+from mambaout_jax.errors import StorageError, UserError, did_you_mean, first_line
 
 _RESAMPLING = {member.name.lower(): member for member in Image.Resampling}
 _DAMAGES = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error)
@@ -13,6 +13,10 @@ _DAMAGES = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, st
 
 class BadImageError(UserError):
     """A file that is not an image, or a damaged one."""
+
+
+class UnreadableError(BadImageError, StorageError):
+    """An image that could not be read at any attempt."""
 
 
 def decode(file_bytes: bytes | bytearray | memoryview, name: str = "the file") -> Image.Image:

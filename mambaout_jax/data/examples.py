@@ -1,43 +1,15 @@
-"""Epoch order and per-example augmentation: what the loader's threads and workers run."""
+"""Makers of training and evaluation batches: what the loader's threads and workers run."""
 
+import contextlib
 import dataclasses
-import functools
+from collections.abc import Iterable
 
-import grain
-import numpy as np
-
-from mambaout_jax.data import augment, prefetch, preprocess, sources
-from mambaout_jax.data.decoding import BadImageError
-from mambaout_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """The order of the images in the endless training stream.
-
-    An epoch is a new shuffle in which each image appears `repeats` times in a row, cut to whole
-    batches.
-    """
-
-    num_examples: int
-    repeats: int
-    batch_size: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch."""
-        return self.num_examples * self.repeats // self.batch_size
-
-    def index(self, position: int) -> int:
-        """Returns the index of the image at a position of the stream."""
-        epoch, offset = divmod(position, self.steps_per_epoch * self.batch_size)
-        return int(_shuffled(self.num_examples, self.seed, epoch)[offset // self.repeats])
-
-
-@functools.lru_cache(maxsize=2)  # threads work on two epochs at most
-def _shuffled(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(np.arange(num_examples, dtype=np.int32))
+from mambaout_jax.data import augment, order, preprocess
+from mambaout_jax.data.buffers import Batch, Layout
+from mambaout_jax.data.chunks import Damage, Damages
+from mambaout_jax.data.decoding import BadImageError, UnreadableError
+from mambaout_jax.data.records import Record, Source
+from mambaout_jax.errors import StorageError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,111 +29,152 @@ class BadImages:
         """Returns the limit for a split."""
         return cls(num_examples, max(1, int(max_bad_fraction * num_examples)))
 
-    def check(self, names: set[str]) -> None:
+    def check(self, damages: Iterable[Damage]) -> None:
         """Checks the images that failed so far.
 
         Raises:
-          UserError: there are more than `limit`, or no image is left.
+          UserError: there are more than `limit`, or no image is left. It is a StorageError if some
+            could not be read.
         """
-        if len(names) == self.num_examples:
-            raise UserError(f"none of the {len(names)} training images could be decoded")
-        if len(names) > self.limit:
-            raise UserError(
-                f"{len(names)} of {self.num_examples} training images could not be decoded; the "
-                f"limit is {self.limit}: repair {', '.join(sorted(names)[:5])}, or raise "
+        unread = {damage.name: damage.unread for damage in damages}
+        kind = StorageError if any(unread.values()) else UserError
+        verb = "read" if any(unread.values()) else "decoded"
+        if len(unread) == self.num_examples:
+            raise kind(f"none of the {len(unread)} training images could be {verb}")
+        if len(unread) > self.limit:
+            raise kind(
+                f"{len(unread)} of {self.num_examples} training images could not be {verb}; the "
+                f"limit is {self.limit}: repair {', '.join(sorted(unread)[:5])}, or raise "
                 f"augment.max_bad_fraction"
             )
 
 
-class MakeTrainingImage:
-    """Makes training images; one that cannot be decoded is replaced by the dataset's next one."""
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A process's share of each global batch.
+
+    Attributes:
+      global_batch: rows of the batch of all processes.
+      first: the first row of this process.
+      rows: rows of this process.
+    """
+
+    global_batch: int
+    first: int
+    rows: int
+
+    def position(self, step: int, row: int) -> int:
+        """Returns the position in the stream of a row of this process."""
+        return step * self.global_batch + self.first + row
+
+
+class TrainingMaker:
+    """Makes a process's training batches. See `chunks.Maker`.
+
+    An image that cannot be decoded is replaced by the dataset's next one.
+    """
 
     def __init__(
         self,
-        source: sources.Source,
-        order: Order,
+        source: Source,
+        order_: order.Order,
         transform: augment.TrainTransform,
         bad_images: BadImages,
+        share: Share,
     ):
         self._source = source
-        self._order = order
+        self._order = order_
+        self._generators = order.Generators(order_.seed)
         self._transform = transform
         self._bad_images = bad_images
+        self._share = share
+        image = ("image", transform.shape, "uint8")
+        others = (("label", (), "int32"), ("replaced", (), "bool"))
+        self.layout = Layout(share.rows, (image, *others))
 
-    def __call__(self, position: int, rng: np.random.Generator) -> dict:
-        """Makes the image at a position of the stream, with its own random generator."""
-        index = self._order.index(position)
-        start = rng.bit_generator.state
-        damages: list[tuple[str, str]] = []
+    def name(self, step: int, row: int) -> str:
+        """See `chunks.Maker`."""
+        return self._source.name_of(self._order.index(self._share.position(step, row)))
+
+    def __call__(
+        self, step: int, start: int, out: Batch, permit: contextlib.AbstractContextManager
+    ) -> Damages:
+        """See `chunks.Maker`."""
+        first = self._share.position(step, start)
+        positions = range(first, first + len(out["label"]))
+        indices = [self._order.index(position) for position in positions]
+        records = [self._read(index) for index in indices]
+        damages: Damages = []
+        with permit:
+            for row, position in enumerate(positions):
+                damages += self._make(position, indices[row], records[row], out, row)
+        return damages
+
+    def _read(self, index: int) -> Record | BadImageError:
+        try:
+            return self._source[index]
+        except BadImageError as error:
+            return error
+
+    def _make(
+        self, position: int, index: int, record: Record | BadImageError, out: Batch, row: int
+    ) -> Damages:
+        """Makes one image from its record, or else from the first good one after it."""
+        damages: Damages = []
         while True:
-            record = self._source[index]
+            name = self._source.name_of(index)
             try:
-                image = self._transform(record["image"], rng, record["name"])
+                if isinstance(record, BadImageError):
+                    raise record
+                name = record["name"]
+                self._transform(
+                    record["image"], self._generators.at(position), name, out["image"][row]
+                )
+                out["label"][row] = record["label"]
+                out["replaced"][row] = bool(damages)
+                return damages
             except BadImageError as error:
-                damages.append((record["name"], str(error)))
-                self._bad_images.check({name for name, _ in damages})
-                index = (index + 1) % len(self._source)
-                rng.bit_generator.state = start  # as if the bad image had drawn nothing
-            else:
-                return {"image": image, "label": record["label"], "damages": damages}
+                damages.append(Damage(name, str(error), isinstance(error, UnreadableError)))
+            self._bad_images.check(damages)
+            index = (index + 1) % len(self._source)
+            record = self._read(index)
 
 
-class MakeTrainingChunk:
-    """Makes chunks of this process's training batches."""
+class EvaluationMaker:
+    """Makes a process's evaluation batches. See `chunks.Maker`.
 
-    def __init__(self, images: grain.MapDataset, global_batch: int, local_batch: int, first: int):
-        self._images = images
-        self._global_batch = global_batch
-        self.local_batch = local_batch
-        self._first = first  # this process's first row in a global batch
-        self.per_batch = prefetch.per_batch(local_batch)
+    Rows after the last image are padding.
+    """
 
-    def __call__(self, chunk: int) -> dict:
-        """Makes the chunk of that number."""
-        step, part = divmod(chunk, self.per_batch)
-        start = step * self._global_batch + self._first + part * prefetch.CHUNK
-        length = min(prefetch.CHUNK, self.local_batch - part * prefetch.CHUNK)
-        rows = [self._images[start + row] for row in range(length)]
-        return {
-            "image": np.stack([row["image"] for row in rows]),
-            "label": np.array([row["label"] for row in rows], np.int32),
-            "replaced": np.array([bool(row["damages"]) for row in rows]),
-            "damages": [damage for row in rows for damage in row["damages"]],
-        }
-
-
-class MakeEvaluationChunk:
-    """Makes chunks of this process's evaluation batches; rows after the last image are padding."""
-
-    def __init__(
-        self,
-        source: sources.Source,
-        preprocessing: preprocess.Preprocessing,
-        local_batch: int,
-        process_index: int,
-        process_count: int,
-    ):
+    def __init__(self, source: Source, preprocessing: preprocess.Preprocessing, share: Share):
         self._source = source
         self._preprocessing = preprocessing
-        self.local_batch = local_batch
-        self._process_index = process_index
-        self._process_count = process_count
-        self.per_batch = prefetch.per_batch(local_batch)
+        self._share = share
+        image = ("image", (*preprocessing.shape, 3), "uint8")
+        label = ("label", source.label_shape, "int32")
+        self.layout = Layout(share.rows, (image, label, ("mask", (), "bool")))
 
-    def __call__(self, chunk: int) -> dict:
-        """Makes the chunk of that number."""
-        step, part = divmod(chunk, self.per_batch)
-        start = (step * self._process_count + self._process_index) * self.local_batch
-        start += part * prefetch.CHUNK
-        length = min(prefetch.CHUNK, self.local_batch - part * prefetch.CHUNK)
-        image = np.zeros((length, *self._preprocessing.shape, 3), np.uint8)
-        label = np.zeros((length, *self._source.label_shape), np.int32)
-        mask = np.arange(start, start + length) < len(self._source)
-        for row in np.flatnonzero(mask):
-            record = self._source[int(start + row)]
-            label[row] = record["label"]
-            if (label[row] >= 0).any():  # else the image has no right class and is not counted
-                image[row] = preprocess.preprocess_image(
-                    record["image"], self._preprocessing, record["name"]
-                )
-        return {"image": image, "label": label, "mask": mask, "damages": []}
+    def name(self, step: int, row: int) -> str:
+        """See `chunks.Maker`."""
+        return self._source.name_of(self._share.position(step, row))
+
+    def __call__(
+        self, step: int, start: int, out: Batch, permit: contextlib.AbstractContextManager
+    ) -> Damages:
+        """See `chunks.Maker`."""
+        first = self._share.position(step, start)
+        count = min(max(len(self._source) - first, 0), len(out["label"]))
+        for array in out.values():
+            array[count:] = 0
+        out["mask"][:count] = True
+        records = [self._source[first + row] for row in range(count)]
+        with permit:
+            for row, record in enumerate(records):
+                out["label"][row] = record["label"]
+                if (out["label"][row] >= 0).any():
+                    out["image"][row] = preprocess.preprocess_image(
+                        record["image"], self._preprocessing, record["name"]
+                    )
+                else:  # the image has no right class and is not counted
+                    out["image"][row] = 0
+        return []

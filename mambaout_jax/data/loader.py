@@ -1,22 +1,22 @@
-"""Batches for training and for evaluation, on Grain.
+"""Batches for training and for evaluation.
 
 The training order is a function of (seed, epoch, index) alone: position k of the endless stream
 is the same image with the same augmentation for any number of threads, worker processes and
 hosts. The state of a training iterator is therefore one number, its step.
 """
 
+import contextlib
 import dataclasses
 import logging
-import sys
 from collections.abc import Iterator
 
-import grain
-import numpy as np
-
-from mambaout_jax.data import augment, examples, prefetch, preprocess, sources
+from mambaout_jax.data import augment, examples, parallel, preprocess, sources
+from mambaout_jax.data.buffers import Batch
+from mambaout_jax.data.chunks import Damage, Damages
+from mambaout_jax.data.order import Order
+from mambaout_jax.data.prefetch import BatchesAhead
 from mambaout_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
 logger = logging.getLogger(__name__)
 
 
@@ -48,7 +48,6 @@ class TrainBatches(Iterator[Batch]):
       num_classes: classes in the split.
       class_names: their names, in the order of the labels.
       made_by: the libraries, processes and threads that make the images, in words.
-      bad_images: names of the undecodable images that this process has found so far.
     """
 
     def __init__(
@@ -87,12 +86,10 @@ class TrainBatches(Iterator[Batch]):
         self.num_examples = len(source)
         self.num_classes = source.num_classes
         self.class_names = source.class_names
-        self.bad_images: set[str] = set()
+        self._damages: dict[str, Damage] = {}
         self._limit = examples.BadImages.of(self.num_examples, max_bad_fraction)
-        size = (augmentation.image_size, augmentation.image_size)
-        self._workers = prefetch.worker_options(loader.workers, loader.threads, size)
-        local_batch = prefetch.share(batch_size, process_count, "batch_size")
-        order = examples.Order(self.num_examples, repeats, batch_size, seed)
+        local_batch = parallel.share(batch_size, process_count, "batch_size")
+        order = Order(self.num_examples, repeats, batch_size, seed)
         self.steps_per_epoch = order.steps_per_epoch
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -107,30 +104,37 @@ class TrainBatches(Iterator[Batch]):
             "repeats": repeats,
         }
         transform = augment.TrainTransform(augmentation, loader.backend)
-        workers, threads = self._workers
+        self._parallel = parallel.choose(loader.workers, loader.threads)
+        workers, threads = self._parallel.workers, self._parallel.threads
         processes = f"{workers} worker processes of " if workers else ""
         self.made_by = f"{transform.made_by} in {processes}{threads} threads"
-        make_image = examples.MakeTrainingImage(source, order, transform, self._limit)
-        self._make_chunk = examples.MakeTrainingChunk(
-            grain.MapDataset.range(sys.maxsize).seed(seed).random_map(make_image),
-            batch_size,
-            local_batch,
-            process_index * local_batch,
-        )
+        share = examples.Share(batch_size, process_index * local_batch, local_batch)
+        self._maker = examples.TrainingMaker(source, order, transform, self._limit, share)
         self._step = start_step
-        self._iterator: Iterator[dict] | None = None
+        self._ahead: BatchesAhead | None = None
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            first = self._step * self._make_chunk.per_batch
-            parts = grain.MapDataset.range(first, sys.maxsize).map(self._make_chunk)
-            self._iterator = iter(
-                prefetch.join_ahead(parts, self._make_chunk.local_batch, self._workers)
-            )
-        batch = next(self._iterator)
-        self._note_damages(batch.pop("damages"))
+        """Returns the next batch.
+
+        Raises:
+          UserError: too many images cannot be decoded, or one kills each worker that makes it.
+          WorkerLostError: a worker process died; the next call starts new ones at the same batch.
+        """
+        if self._ahead is None:
+            self._ahead = BatchesAhead(self._maker, self._parallel, self._step)
+        try:
+            batch, damages = next(self._ahead)
+            self._note_damages(damages)
+        except BaseException:
+            self.close()
+            raise
         self._step += 1
         return batch
+
+    @property
+    def bad_images(self) -> set[str]:
+        """Names of the undecodable images that this process has found so far."""
+        return set(self._damages)
 
     def state(self) -> dict:
         """Returns what `restore` needs to continue after the last returned batch; fit for JSON."""
@@ -153,21 +157,21 @@ class TrainBatches(Iterator[Batch]):
 
     def close(self) -> None:
         """Ends the workers; the next requested batch starts new ones."""
-        if self._iterator is not None:
-            self._iterator.close()  # type: ignore[attr-defined]
-            self._iterator = None
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
-    def _note_damages(self, damages: list[tuple[str, str]]) -> None:
-        for name, message in damages:
-            if name not in self.bad_images:
-                self.bad_images.add(name)
+    def _note_damages(self, damages: Damages) -> None:
+        for damage in damages:
+            if damage.name not in self._damages:
+                self._damages[damage.name] = damage
                 logger.warning(
                     "%s. The next image replaces it (%d of at most %d).",
-                    message,
-                    len(self.bad_images),
+                    damage.message,
+                    len(self._damages),
                     self._limit.limit,
                 )
-        self._limit.check(self.bad_images)
+        self._limit.check(self._damages.values())
 
 
 class EvalBatches:
@@ -216,30 +220,18 @@ class EvalBatches:
         self.class_names = source.class_names
         self.name = source.name
         self._length = -(-self.num_examples // batch_size)
-        self._workers = prefetch.worker_options(
-            loader.workers,
-            loader.threads,
-            preprocessing.shape,
-            images=self.num_examples // process_count,
-        )
-        self._make_chunk = examples.MakeEvaluationChunk(
-            source,
-            preprocessing,
-            prefetch.share(batch_size, process_count, "eval.batch_size"),
-            process_index,
-            process_count,
-        )
+        images = self.num_examples // process_count
+        self._parallel = parallel.choose(loader.workers, loader.threads, images)
+        local_batch = parallel.share(batch_size, process_count, "eval.batch_size")
+        share = examples.Share(batch_size, process_index * local_batch, local_batch)
+        self._maker = examples.EvaluationMaker(source, preprocessing, share)
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        length = self._length * self._make_chunk.per_batch
-        parts = grain.MapDataset.range(length).map(self._make_chunk)
-        iterator = iter(prefetch.join_ahead(parts, self._make_chunk.local_batch, self._workers))
-        try:
-            for batch in iterator:
-                del batch["damages"]
+        with contextlib.closing(
+            BatchesAhead(self._maker, self._parallel, 0, self._length)
+        ) as ahead:
+            for batch, _ in ahead:
                 yield batch
-        finally:
-            iterator.close()

@@ -1,177 +1,156 @@
-"""Makes chunks of a batch ahead of time in threads or worker processes, and joins them."""
+"""Makes batches ahead of time, in threads or in worker processes."""
 
-import multiprocessing
-import os
-import shutil
-import sys
-import threading
-from pathlib import Path
+import collections
+import concurrent.futures
+import math
+import time
+import weakref
+from collections.abc import Iterator
 
-import grain
-import jax
-import numpy as np
-from absl import flags
-
+from mambaout_jax.data.buffers import Batch, BatchBuffers
+from mambaout_jax.data.chunks import Chunk, Damages, Filler, Maker
+from mambaout_jax.data.parallel import Parallel
+from mambaout_jax.data.workers import WorkerLostError, WorkerPool
 from mambaout_jax.errors import UserError
 
-CHUNK = 16  # images that a thread makes at a time, and that a process sends at a time
-_BATCHES_AHEAD = 2
-_FEW_CORES = 4  # up to here the threads of one process keep all cores busy
-_MOST_WORKERS = 64  # one process can still join the chunks of so many
-_WORTH_A_WORKER = 1500  # images made in the seconds that a process takes to start
-_CHUNKS_SHARED = 8  # chunks of a worker in shared memory: four of training, four of evaluation
-_SHARED_MEMORY = Path("/dev/shm")
+CHUNK = 16  # images that a thread makes at a time
+
+_LEAST_AHEAD = 2  # batches
+_SPARE = 3  # batches that the caller may keep, such as those on the way to a device
+_REPEAT_SECONDS = 20.0  # in which the work of a dead worker is repeated
 
 
-def per_batch(rows: int) -> int:
-    """Returns the number of chunks in a batch of `rows` images."""
-    return -(-rows // CHUNK)
+class BatchesAhead(Iterator[tuple[Batch, Damages]]):
+    """Batches, with the images that could not be decoded, from a maker that runs ahead.
 
-
-def join_ahead(chunks: grain.MapDataset, rows: int, workers: tuple[int, int]) -> grain.IterDataset:
-    """Makes chunks ahead of time in threads or worker processes, and joins them to batches.
-
-    Args:
-      chunks: of `CHUNK` images; the last one of a batch may have fewer.
-      rows: images in a batch.
-      workers: the number of processes, and the number of threads of each.
-
-    Returns:
-      The batches.
-    """
-    num_workers, num_threads = workers
-    ahead = _BATCHES_AHEAD * per_batch(rows)
-    if num_workers:
-        ahead = -(-ahead // num_workers)
-    options = grain.ReadOptions(
-        num_threads=min(num_threads, ahead), prefetch_buffer_size=ahead
-    )  # more threads than chunks ahead would be idle
-    dataset = chunks.to_iter_dataset(options)
-    if num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads flags of its own before it starts workers
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1),
-            worker_init_fn=_begin_worker,
-        )
-    joined = _Joined(dataset, rows)
-    return grain.experimental.ThreadPrefetchIterDataset(joined, prefetch_buffer_size=1)
-
-
-class _Joined(grain.IterDataset):
-    """Joins chunks to batches of `rows` images."""
-
-    def __init__(self, chunks: grain.IterDataset, rows: int):
-        super().__init__(chunks)
-        self._chunks = chunks
-        self._rows = rows
-
-    def __iter__(self) -> "_JoinedIterator":
-        return _JoinedIterator(iter(self._chunks), self._rows)
-
-
-class _JoinedIterator(grain.DatasetIterator):
-    """Has no state, and does not ask its parent for one as Grain's `batch` would.
-
-    Worker processes that are asked for a state before the first chunk start one after the other,
-    which takes minutes for many. Each chunk is copied when it arrives, so few are in shared memory.
+    The arrays of a batch are used again for a later one when none of them exists any more.
     """
 
-    def __init__(self, chunks: grain.DatasetIterator, rows: int):
-        super().__init__(chunks)
-        self._chunks = chunks
-        self._rows = rows
+    def __init__(self, maker: Maker, parallel: Parallel, first: int, stop: int | None = None):
+        """Starts threads or processes.
 
-    def __next__(self) -> dict:
-        batch: dict = {"damages": []}
-        row = 0
-        while row < self._rows:
-            chunk = next(self._chunks)
-            batch["damages"] += chunk.pop("damages")
-            stop = row + len(chunk["label"])
-            for key, part in chunk.items():
-                if key not in batch:
-                    batch[key] = np.empty((self._rows, *part.shape[1:]), part.dtype)
-                batch[key][row:stop] = part
-            row = stop
-        return batch
+        Args:
+          maker: of the batches.
+          parallel: how many threads and processes.
+          first: number of the first batch.
+          stop: number after the last batch; None: endless.
+        """
+        self._maker = maker
+        self._stop = stop
+        self._next = first
+        chunks = math.ceil(maker.layout.rows / CHUNK)
+        self._ahead = max(_LEAST_AHEAD, math.ceil(parallel.chunks_at_once / chunks))
+        self._buffers = BatchBuffers(maker.layout, self._ahead + _SPARE)
+        self._pool = _open_pool(maker, self._buffers, parallel)
+        self._pending: collections.deque[_Pending] = collections.deque()
+        self.close = weakref.finalize(self, self._pool.close)
 
-    def get_state(self) -> dict:
-        return {}
+    def __next__(self) -> tuple[Batch, Damages]:
+        self._fill()
+        if not self._pending:
+            self.close()
+            raise StopIteration
+        slot, futures = self._pending.popleft()
+        damages: Damages = []
+        try:
+            for future in futures:
+                damages += future.result()
+        except WorkerLostError as lost:
+            self.close()
+            raise cause_of_loss(lost, self._maker, self._buffers) from None
+        except BaseException:
+            self.close()
+            raise
+        batch = self._buffers.hand_out(slot)
+        self._fill()
+        return batch, damages
 
-    def set_state(self, state: dict) -> None:
-        raise NotImplementedError
+    def _fill(self) -> None:
+        """Submits batches until enough are under way."""
+        rows = self._maker.layout.rows
+        while len(self._pending) < self._ahead and self._next != self._stop:
+            slot = self._buffers.take()
+            assert slot is not None, "hand_out leaves one"
+            chunks = [
+                Chunk(self._next, start, min(start + CHUNK, rows), slot)
+                for start in range(0, rows, CHUNK)
+            ]
+            self._pending.append((slot, [self._pool.submit(chunk) for chunk in chunks]))
+            self._next += 1
+
+
+_Pending = tuple[int, list["concurrent.futures.Future[Damages]"]]
+
+
+class ThreadPool:
+    """Threads of this process that fill chunks."""
+
+    def __init__(self, maker: Maker, buffers: BatchBuffers, threads: int, cores: int):
+        self._fill = Filler(maker, buffers, cores)
+        self._threads = concurrent.futures.ThreadPoolExecutor(threads, "loader")
+
+    def submit(self, chunk: Chunk) -> "concurrent.futures.Future[Damages]":
+        """Lets a thread fill a chunk."""
+        return self._threads.submit(self._fill, chunk)
 
     def close(self) -> None:
-        self._chunks.close()
+        """Ends the threads."""
+        self._threads.shutdown(cancel_futures=True)
 
 
-def _begin_worker(worker_index: int, worker_count: int) -> None:
-    """Keeps a worker process off the accelerators, and ends it when its parent is killed."""
-    del worker_index, worker_count
-    jax.config.update("jax_platforms", "cpu")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _open_pool(maker: Maker, buffers: BatchBuffers, parallel: Parallel) -> ThreadPool | WorkerPool:
+    if parallel.workers:
+        return WorkerPool(maker, buffers, parallel.workers, parallel.threads, parallel.cores)
+    return ThreadPool(maker, buffers, parallel.threads, parallel.cores)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def cause_of_loss(lost: WorkerLostError, maker: Maker, buffers: BatchBuffers) -> Exception:
+    """Repeats what a dead worker had not finished, one image at a time in a new process.
+
+    A run that resumes would repeat it too, and be lost again at an image that kills workers.
+
+    Returns:
+      A UserError that names the image if that process dies twice at the same image, or cannot
+      start. Otherwise `lost`, also when the time for repeating it is up.
+    """
+    end = time.monotonic() + _REPEAT_SECONDS
+    none = [Chunk(chunk.step, 0, 0, chunk.slot) for chunk in lost.chunks[:1]]
+    rows = [row for chunk in lost.chunks for row in chunk.rows()]
+    try:
+        if _first_fatal(none + rows, maker, buffers, end) is None:
+            return lost
+        fatal = _first_fatal(none + rows, maker, buffers, end)
+    except TimeoutError:
+        return lost
+    if fatal is None:
+        return lost
+    how = f"are killed by {lost.signal}" if lost.signal else f"end with status {lost.status}"
+    if fatal in none:
+        return UserError(f"loader workers {how} when they start: see their messages above")
+    memory = ", or give the run more memory" if lost.signal == "SIGKILL" else ""
+    return UserError(
+        f"loader workers {how} each time they make {maker.name(fatal.step, fatal.start)}: repair "
+        f"or remove it{memory}"
+    )
 
 
-def worker_options(
-    workers: int, threads: int, size: tuple[int, int], images: int | None = None
-) -> tuple[int, int]:
-    """Returns the number of worker processes, and the number of threads of each.
-
-    Args:
-      workers: the number asked for; -1: chosen by the number of cores.
-      threads: the number asked for.
-      size: (height, width) of an image.
-      images: how many are made before the workers end; None: the stream is endless.
+def _first_fatal(
+    chunks: list[Chunk], maker: Maker, buffers: BatchBuffers, end: float
+) -> Chunk | None:
+    """Returns the first chunk that kills a worker process, None if none does.
 
     Raises:
-      UserError: shared memory is too small for the workers asked for.
+      TimeoutError: the time is up.
     """
-    each = _CHUNKS_SHARED * CHUNK * 3 * size[0] * size[1]  # bytes
-    free = free_shared_memory()
-    if workers == -1:
-        cores = usable_cores()
-        workers = min(cores, _MOST_WORKERS, free // each) if cores > _FEW_CORES else 0
-        if images is not None:
-            workers = min(workers, images // _WORTH_A_WORKER)
-        return workers, threads
-    if workers * each > free:
-        raise UserError(
-            f"data.workers is {workers}, which may need {workers * each >> 20} MiB in "
-            f"{_SHARED_MEMORY}, where {free >> 20} MiB are free: lower it, or give the container "
-            f"more (docker run --shm-size)"
-        )
-    return workers, threads
-
-
-def usable_cores() -> int:
-    """Returns how many cores this process may use, in a container too."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    pool = WorkerPool(maker, buffers, workers=1, threads=1, cores=1)
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(int(quota) // int(period), 1))
-    except (OSError, ValueError):  # no Linux, or no limit ("max")
-        return cores
-
-
-def free_shared_memory() -> int:
-    """Returns the bytes that processes may still share."""
-    return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else sys.maxsize
-
-
-def share(batch_size: int, process_count: int, key: str) -> int:
-    """Returns a process's share of a batch, or raises a UserError that names the key."""
-    if batch_size % process_count:
-        raise UserError(
-            f"{key} is {batch_size}: expected a multiple of the {process_count} processes"
-        )
-    return batch_size // process_count
+        for chunk in chunks:
+            try:
+                pool.submit(chunk).result(end - time.monotonic())
+            except WorkerLostError:
+                return chunk
+            except UserError:
+                continue  # such as a damaged image: it kills nothing
+    finally:
+        pool.close()
+    return None

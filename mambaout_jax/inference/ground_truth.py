@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mambaout_jax.data.sources import Record, Source
+from mambaout_jax.data.records import Record, Source
 from mambaout_jax.errors import UserError, first_line
 from mambaout_jax.labels import imagenet_wordnet_ids
 

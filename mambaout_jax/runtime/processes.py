@@ -192,5 +192,5 @@ def code_digest() -> str:
 
 def versions() -> str:
     """Returns the versions of what computes and saves."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
     return " ".join(f"{name}=={importlib.metadata.version(name)}" for name in names)

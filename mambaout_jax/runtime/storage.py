@@ -14,11 +14,14 @@ from mambaout_jax.errors import AccessError, StorageError, first_line
 logger = logging.getLogger(__name__)
 
 # Error numbers and words of storage that fails for a while, in messages of the system, of
-# TensorStore and of buckets' servers. Whatever else reading a checkpoint fails of is damage.
+# TensorStore, of array_record and of buckets' servers. Whatever else reading a checkpoint fails of
+# is damage.
+_NUMBERS = (5, 11, 16, 70, 103, 104, 110, 111, 113, 116, 121)
+_ONE = "|".join(map(str, _NUMBERS))
 TRANSIENT = re.compile(
-    r"\[Errno (5|11|16|70|103|104|110|111|113|116|121)\]"
-    r"|os_error_code='?(5|11|16|70|103|104|110|111|113|116|121)\b"
-    r"|UNAVAILABLE|DEADLINE_EXCEEDED|Too Many Requests|Service Unavailable|Connection reset"
+    rf"\[Errno ({_ONE})\]|os_error_code='?({_ONE})\b"
+    rf"|{'|'.join(re.escape(os.strerror(number)) for number in _NUMBERS)}"
+    r"|UNAVAILABLE|DEADLINE_EXCEEDED|Too Many Requests|Service Unavailable"
 )
 READ_ATTEMPTS = 4
 

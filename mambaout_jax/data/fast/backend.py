@@ -29,7 +29,9 @@ class _Packed:
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         del dtype, copy
-        return resize.rgb(self.pixels)
+        result = np.empty((self.height, self.width, 3), np.uint8)
+        resize.write_rgb(self.pixels, result)
+        return result
 
 
 class FastBackend:
@@ -62,6 +64,10 @@ class FastBackend:
         else:
             pixels = _pixels(image)
         return _Packed(resize.resize(pixels, box, size, filter_, mirrored))
+
+    def write(self, image, out) -> None:
+        """See `backends.Backend`."""
+        resize.write_rgb(image.pixels, out)
 
     def warp(self, image, coefficients, filter_) -> _Packed:
         """See `image_ops.Pixels`."""

@@ -119,18 +119,20 @@ def _resize(
 
 
 @compiled
-def rgb(pixels: np.ndarray) -> np.ndarray:
-    """Returns uint32 [H, W] as uint8 [H, W, 3]."""
+def _write_rgb(pixels: np.ndarray, out: np.ndarray) -> None:
     height, width = pixels.shape
     source = pixels.view(np.uint8)
-    result = np.empty((height, width * 3), np.uint8)
     for row in range(height):
-        four, three = source[row], result[row]
+        four, three = source[row], out[row]
         for i in range(width):
             three[3 * i] = four[4 * i]
             three[3 * i + 1] = four[4 * i + 1]
             three[3 * i + 2] = four[4 * i + 2]
-    return result.reshape(height, width, 3)
+
+
+def write_rgb(pixels: np.ndarray, out: np.ndarray) -> None:
+    """Writes uint32 [H, W] to uint8 [H, W, 3]."""
+    _write_rgb(pixels, out.reshape(len(out), -1))
 
 
 def resize(

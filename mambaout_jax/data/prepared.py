@@ -1,0 +1,155 @@
+"""Images of a dataset that TFDS prepared in ArrayRecord form."""
+
+import functools
+import os
+import re
+import threading
+from typing import Any
+
+from etils import epath
+
+from mambaout_jax.bucket import failed, io_errors, is_bucket, open_bucket
+from mambaout_jax.data.decoding import BadImageError
+from mambaout_jax.data.reading import repeat, unreadable
+from mambaout_jax.data.records import Record, Source
+from mambaout_jax.errors import (
+    AccessError,
+    StorageError,
+    UserError,
+    did_you_mean,
+    first_line,
+)
+
+_EMBEDDED = ("digits",)  # datasets that ship, prepared, beside this file
+
+
+class TfdsSource(Source):
+    """Reads a split of a dataset that TFDS prepared as ArrayRecord; needs no TensorFlow.
+
+    `split` may use TFDS's slices, such as "train[:90%]".
+    """
+
+    def __init__(self, directory: str, split: str):
+        self._reopening = threading.Lock()
+        self._open(directory, split)
+
+    def _open(self, directory: str, split: str) -> None:
+        import tensorflow_datasets as tfds
+
+        array_record = tfds.core.FileFormat.ARRAY_RECORD
+        builder = tfds.builder_from_directory(directory)
+        info = builder.info
+        if array_record not in info.available_file_formats():
+            raise UserError(
+                f"{directory} is prepared as {info.file_format.value}, and reading that needs "
+                f"TensorFlow; convert it with: tfds convert_format "
+                f"--dataset_version_dir={directory} --out_file_format=array_record"
+            )
+        self._arguments = (directory, split)
+        image_key, label_key = info.supervised_keys or ("image", "label")
+        self._image_key, self._label_key = str(image_key), str(label_key)
+        features = dict(info.features.items())
+        label_feature = features.get(self._label_key)
+        if not isinstance(label_feature, tfds.features.ClassLabel) or not isinstance(
+            features.get(self._image_key), tfds.features.Image
+        ):
+            found = ", ".join(sorted(features))
+            raise UserError(f"{directory} has no labelled images: its features are {found}")
+        self.name = f"{info.full_name}/{split}"
+        self.class_names = list(label_feature.names)
+        self._open_records = functools.partial(
+            builder.as_data_source,
+            split,
+            decoders={self._image_key: tfds.decode.SkipDecoding()},
+            file_format=array_record,
+        )
+        try:
+            self._records = self._open_records()
+        except (ValueError, KeyError) as error:
+            known = sorted(info.splits)
+            raise UserError(
+                f"{info.full_name} has no split {split!r}{did_you_mean(split, known)}"
+                f" (its splits are {', '.join(known) or 'none'}; a part of one is 'train[:90%]')"
+            ) from error
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._arguments
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        example = self._example(index)
+        name = example.get("file_name", b"")
+        return {
+            "image": example[self._image_key],
+            "label": int(example[self._label_key]),
+            "name": self.name_of(index) + (f" ({name.decode()})" if name else ""),
+        }
+
+    def _example(self, index: int) -> Any:
+        name = self.name_of(index)
+        in_bucket = is_bucket(self._arguments[0])
+        try:
+            return repeat(lambda: self._read(index), name)
+        except AccessError:
+            raise
+        except StorageError as error:
+            if in_bucket:  # all of it is out of reach, not one record
+                raise
+            raise unreadable(name, error) from error
+        except io_errors(self._arguments[0], OSError, RuntimeError) as error:
+            if in_bucket:
+                raise failed(f"{name} cannot be read", error) from error
+            raise BadImageError(
+                f"{name} cannot be read ({first_line(error)}): prepare the dataset again"
+            ) from error
+
+    def _read(self, index: int) -> Any:
+        records = self._records
+        try:
+            return records[index]
+        except (OSError, RuntimeError):  # a reader that has failed once fails from then on
+            with self._reopening:
+                if self._records is records:  # else another thread has opened new readers
+                    self._records = self._open_records()
+            raise
+
+
+def prepared_directory(name: str, directory: str) -> str:
+    """Returns the folder of a prepared version: the newest one, or the one in `name:1.0.0`."""
+    dataset, _, version = name.partition(":")
+    if directory or dataset not in _EMBEDDED:
+        default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        root = epath.Path(directory or default).expanduser()
+        if is_bucket(root):
+            open_bucket(root)
+    else:
+        root = epath.Path(__file__).parent
+    if (root / "dataset_info.json").exists():
+        return os.fspath(root)  # the version's own folder was given
+    versions = _versions(root / dataset)
+    if version:
+        versions = [child for child in versions if child == version]
+    if not versions:
+        known = {*_EMBEDDED, *_prepared_names(root)} - {dataset}
+        raise UserError(
+            f"{name} is not prepared in {root}{did_you_mean(dataset, sorted(known))}; give the "
+            f"directory that has it, or set TFDS_DATA_DIR to it, or prepare it with: tfds build "
+            f"{name} --file_format=array_record --data_dir={root}"
+        )
+    newest = max(versions, key=lambda child: tuple(map(int, child.split("."))))
+    return os.fspath(root / dataset / newest)
+
+
+def _versions(folder: epath.Path) -> list[str]:
+    """Returns the prepared versions of a dataset."""
+    children = [child.name for child in folder.iterdir()] if folder.is_dir() else []
+    return [child for child in children if re.fullmatch(r"\d+\.\d+\.\d+", child)]
+
+
+def _prepared_names(root: epath.Path) -> list[str]:
+    """Returns the names of the datasets that are prepared in a folder."""
+    if not root.is_dir():
+        return []
+    return [child.name for child in root.iterdir() if _versions(child)]
