@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     """Joins the other processes of the run, and does what the command line asks for."""
     del argv
     log_to_stderr()
+    from mambaout_jax.data.workers import WorkerLostError
     from mambaout_jax.runtime import processes
     from mambaout_jax.runtime.compilation import use_compilation_cache
 
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
         except PreemptedError as interruption:
             logger.warning("%s; the same command resumes it", interruption)
             processes.leave(RESUME)
-        except StorageError as error:
+        except (StorageError, WorkerLostError) as error:
             processes.leave(RESUME, error)
         except Exception as error:
             processes.leave_after(error)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +73,28 @@ def test_a_signal_to_the_group_saves_and_the_run_resumes_to_the_same_bits(
     expected, got = ends
     for name in expected:
         np.testing.assert_equal(got[name], expected[name])
+    assert (straight / "metrics.csv").read_text() == (tmp_path / "run/metrics.csv").read_text()
+
+
+def worker_of(process):
+    """Returns the process id of a loader's worker, which a spawned child is."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+    return next(pid for pid, command in commands.items() if "spawn_main" in command)
+
+
+def test_a_loader_worker_that_is_killed_saves_the_run(straight, tmp_path):
+    run = Command(tmp_path, "--config.data.workers=1", "--config.log.every=1 steps")
+    run.wait_for(r"step +2/12")
+    os.kill(worker_of(run.process), signal.SIGKILL)
+    code, log = run.end()
+    assert code in (0, 75), log
+    assert "Traceback" not in log
+    if code == 75:  # else the batches that were left had been made before
+        assert re.search(r"loader worker 0 \(process \d+\) was killed by SIGKILL", log)
+        assert re.search(r"saved at step \d+ of 12; the same command resumes it$", last_line(log))
+    code, log = Command(tmp_path).end()
+    assert code == 0, log
     assert (straight / "metrics.csv").read_text() == (tmp_path / "run/metrics.csv").read_text()
 
 

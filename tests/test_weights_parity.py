@@ -1,7 +1,7 @@
 """Every variant beside timm's own network: random weights, 224 and 288 pixels, batch 1 and 3.
 
-`pytest -n 0 -s -m slow tests/test_weights_parity.py -k logits` prints the table of docs/weights.md: the
-largest difference of two logits for each size and batch, and the largest logit.
+`pytest -n 0 -s -m slow tests/test_weights_parity.py -k logits` prints the table of docs/weights.md:
+the largest difference of two logits for each size and batch, and the largest logit.
 """
 
 import itertools

@@ -32,7 +32,7 @@ class StopRequest:
     between instructions of the main thread, which may be compiling for minutes.
 
     Attributes:
-        received: name of the first signal, None before it.
+        received: name of the first signal, or another reason to stop; None before it.
         saves: whether the run has something to save when it stops; set by the training loop.
     """
 
@@ -83,18 +83,23 @@ class StopRequest:
                 _exit(f"stopped by a second {name}: the last checkpoint is kept", INTERRUPTED)
         if self.received:
             return
-        self.received = name
+        self.request(name)
+        if self._jax_handler is None:
+            self._exit_unsaved()
+        else:
+            timer = threading.Timer(GRACE_SECONDS, self._exit_unsaved)
+            timer.daemon = True
+            timer.start()
+        if self.saves:
+            logger.info("received %s: saving and stopping", name)
+
+    def request(self, reason: str) -> None:
+        """Asks this process, and through jax's service all others, to stop."""
+        self.received = reason
         if self._jax_handler is not None:
             own = _libc_signal(signal.SIGTERM, self._jax_handler)
             os.kill(os.getpid(), signal.SIGTERM)
             _libc_signal(signal.SIGTERM, own)
-            timer = threading.Timer(GRACE_SECONDS, self._exit_unsaved)
-            timer.daemon = True
-            timer.start()
-        else:
-            self._exit_unsaved()
-        if self.saves:
-            logger.info("received %s: saving and stopping", name)
 
     def _exit_unsaved(self) -> None:
         if not self.saves:

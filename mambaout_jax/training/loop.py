@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mambaout_jax.bucket import absolute
+from mambaout_jax.data.workers import WorkerLostError
 from mambaout_jax.errors import PreemptedError
 from mambaout_jax.inference.evaluate import StoppedError, describe, evaluate
 from mambaout_jax.models.flops import count_total
@@ -182,7 +183,7 @@ def train_loop(
             late_evaluation(run, position, programs, session)
         while position.step < steps.total and position.evaluated:
             with clock.of(goodput.DATA):
-                batch = next(run.batches)
+                batch = next_batch(run, session)
             step = position.step + 1
             inputs = global_batch({name: batch[name] for name in ("image", "label")}, run.mesh)
             with profiler.step(step):
@@ -201,6 +202,22 @@ def train_loop(
                 save(run, position, results, session)
             if stopping and step < steps.total:
                 return
+
+
+def next_batch(run: Run, session: Session) -> dict[str, np.ndarray]:
+    """Returns the next batch; the death of a loader's worker is a request to stop.
+
+    The step is taken with new workers, since all processes must stop at the same step.
+
+    Raises:
+        WorkerLostError: when a new worker dies, too.
+    """
+    try:
+        return next(run.batches)
+    except WorkerLostError as lost:
+        logger.warning("%s", lost)
+        session.stop.request(str(lost))
+    return next(run.batches)
 
 
 def log_interval(run: Run, position: Position, session: Session) -> None:
@@ -228,6 +245,13 @@ def evaluate_and_record(
                 programs.eval_step, params, run.eval_batches, run.mesh, session.stop.reached
             )
     except StoppedError:
+        position.evaluated = False
+        return None
+    except WorkerLostError as lost:
+        if jax.process_count() > 1:  # the others wait for this process's part of the evaluation
+            raise
+        logger.warning("%s", lost)
+        session.stop.request(str(lost))
         position.evaluated = False
         return None
     rate, epoch = learning_rate(run, step), step / steps.per_epoch

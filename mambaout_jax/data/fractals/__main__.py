@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mambaout_jax.data.fractals.images import CLASSES, SPLITS
 from mambaout_jax.data.fractals.making import Plan, write_folders
-from mambaout_jax.data.prefetch import usable_cores
+from mambaout_jax.data.parallel import usable_cores
 from mambaout_jax.errors import UserError
 
 
