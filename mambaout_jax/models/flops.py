@@ -1,8 +1,8 @@
-"""Counts parameters and multiply-accumulates, layer by layer.
+"""Counts of parameters and multiply-accumulates (MACs), layer by layer.
 
-A convolution or dense layer counts one for each multiplication by its kernel, bias left out; a norm
-counts five for each element. Activations, products, additions and means count nothing. This is the
-convention of fvcore's flop counter, and with it the counts round to the published ones.
+A convolution or dense layer counts one MAC for each multiplication by its kernel, without the bias.
+A norm counts five for each element. Activations, products, additions and means count none. fvcore's
+flop counter does the same, and the counts round to the published ones.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ class Layer:
     """One module of a network.
 
     Attributes:
-        path: names from the network down to the module; () is the network.
-        kind: the module's class.
-        shape: of its answer, batch left out.
-        params: parameters of the module and of what it contains.
-        macs: multiply-accumulates for one image, of the module and of what it contains.
+        path: names from the network down to the module; () is the network itself.
+        kind: class of the module.
+        shape: of the output, without the batch.
+        params: parameters of the module and of its parts.
+        macs: multiply-accumulates of the module and of its parts, for one image.
     """
 
     path: tuple[str, ...]
@@ -38,16 +38,16 @@ class Layer:
 
 
 def count_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
-    """Counts every module of a network, in the order in which they are entered.
+    """Counts each module of a network, in the order of their calls, the network first.
 
-    Nothing is computed: shapes alone are traced.
+    The network is traced, not computed.
 
     Args:
-        model: called with one float32 array.
-        input_shape: of one input, batch left out: (height, width, channels) of an image.
+        model: takes one float32 array.
+        input_shape: of an input without the batch: (height, width, channels) of an image.
 
     Raises:
-        UserError: when the network refuses the shape.
+        UserError: when the network does not take this shape.
     """
     calls: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
     own_macs: dict[tuple[str, ...], int] = {}
@@ -56,16 +56,12 @@ def count_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
         module = context.module
         if context.method_name != "__call__":
             return call(*args, **kwargs)
-        calls[module.path] = (type(module).__name__, ())  # holds the place
-        answer = call(*args, **kwargs)
-        *_, maps = answer if isinstance(answer, tuple) else (answer,)
-        calls[module.path] = (type(module).__name__, tuple(maps.shape[1:]))
-        kernel = module.variables.get("params", {}).get("kernel")
-        if kernel is not None:
-            own_macs[module.path] = math.prod(maps.shape[1:-1]) * math.prod(kernel.shape)
-        elif isinstance(module, LayerNorm):
-            own_macs[module.path] = _NORM_MACS * math.prod(maps.shape[1:])
-        return answer
+        calls[module.path] = (type(module).__name__, ())  # before those of its parts
+        output = call(*args, **kwargs)
+        shape = _output_shape(module, output)
+        calls[module.path] = (type(module).__name__, shape)
+        own_macs[module.path] = _own_macs(module, shape)
+        return output
 
     inputs = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
     with nn.intercept_methods(record):
@@ -75,34 +71,53 @@ def count_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
         for path, leaf in jax.tree.leaves_with_path(params)
     }
 
-    def below(counts: dict[tuple[str, ...], int], path: tuple[str, ...]) -> int:
+    def total(counts: dict[tuple[str, ...], int], path: tuple[str, ...]) -> int:
         return sum(count for name, count in counts.items() if name[: len(path)] == path)
 
     return [
-        Layer(path, kind, shape, below(sizes, path), below(own_macs, path))
+        Layer(path, kind, shape, total(sizes, path), total(own_macs, path))
         for path, (kind, shape) in calls.items()
     ]
 
 
+def _kernel(module: nn.Module) -> Any:
+    return module.variables.get("params", {}).get("kernel")
+
+
+def _output_shape(module: nn.Module, output: Any) -> tuple[int, ...]:
+    *_, last = output if isinstance(output, tuple) else (output,)
+    kernel = _kernel(module)
+    # A dense layer's output may be in parts and padded.
+    channels = last.shape[-1] if kernel is None else kernel.shape[-1]
+    return (*last.shape[1:-1], channels)
+
+
+def _own_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
+    kernel = _kernel(module)
+    if kernel is not None:
+        return math.prod(shape[:-1]) * math.prod(kernel.shape)
+    return _NORM_MACS * math.prod(shape) if isinstance(module, LayerNorm) else 0
+
+
 def count_total(model: nn.Module, input_shape: tuple[int, ...]) -> Layer:
-    """Counts a whole network; arguments and errors as in `count_layers`."""
-    return next(layer for layer in count_layers(model, input_shape) if not layer.path)
+    """Counts a whole network; arguments and errors as for `count_layers`."""
+    return count_layers(model, input_shape)[0]
 
 
 def attention_block_macs(width: int, tokens: int, mlp_ratio: int = 4) -> tuple[int, int]:
-    """Counts a Transformer block's multiply-accumulates: half the FLOPs of the paper's Eq. 6.
+    """Counts the multiply-accumulates of a Transformer block: half the FLOPs of the paper's Eq. 6.
 
-    FLOPs(block) = 24 D² L + 4 D L² for width D, L tokens and an MLP of ratio 4. Norms and the
-    softmax are left out.
+    FLOPs(block) = 24 D² L + 4 D L² for width D, L tokens and an MLP of ratio 4. Norms and softmax
+    are not counted.
 
     Returns:
-        Those linear in the tokens (projections and MLP: 12 D² L), and those quadratic in them
-        (scores and their product with the values: 2 D L²).
+        The MACs linear in L (projections and MLP: 12 D² L), and those quadratic in L (the scores,
+        and their product with the values: 2 D L²).
     """
     linear = (4 + 2 * mlp_ratio) * width**2 * tokens
     return linear, 2 * width * tokens**2
 
 
 def long_sequence(width: int) -> int:
-    """Returns the tokens above which the quadratic part outweighs the linear: 6 D (section 3)."""
+    """Returns the tokens above which the quadratic part is the larger one: 6 D (section 3)."""
     return 6 * width
