@@ -1,17 +1,21 @@
-"""Pictures a second that the training pipeline makes on the host, beside timm's own loader.
+"""Images per second of the training pipeline on the host, by workers, and compared to timm's loader.
 
-Both sides read the same folder of 500x375 JPEGs, in processes of their own that take turns on the
-same cores: random-resized crop to 224, flip, and RandAugment where the row says so. What either
-does on the accelerator (normalisation, erasing, ours also mixing) is left out. timm runs in an
-environment of its own:
+Every run reads the same folder of 500x375 JPEGs in processes of its own: random-resized crop to
+224, flip, and RandAugment where the row says so. What follows on the accelerator (normalisation,
+erasing, mixing) is not part of it. Wall time depends on what else the machine does; processor time
+per image (user and system, of the loader and its workers) depends on it less.
+
+  python benchmarks/input_pipeline.py --scaling --workers 0 1 14 16 --batch=256
+
+prints a row for each number of worker processes, 0 for threads of one process, -1 for the default.
+Its first row is one thread, which the ratios of processor time refer to.
 
   python -m venv /tmp/timm && /tmp/timm/bin/pip install timm torch torchvision
-  python benchmarks/input_pipeline.py --timm_python=/tmp/timm/bin/python
+  python benchmarks/input_pipeline.py --timm_python=/tmp/timm/bin/python --workers 1 2
 
-"ours" makes its pictures in as many threads as timm has worker processes, "ours+processes" in
-worker processes too, "ours+pillow" in threads without the extra `fast`. Wall time depends on what
-else the machine does; processor time (user and system, of the loader and its workers) a picture
-does less. `--memory` follows the resident memory of our side instead.
+runs both loaders in turns on the same cores. "ours" makes its images in as many threads as timm has
+worker processes, "ours+processes" in worker processes too, "ours+pillow" in threads without the
+extra `fast`. `--memory` follows the resident memory of one of ours instead.
 """
 
 import argparse
@@ -24,41 +28,43 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-_POLICIES = ("rand-m9-mstd0.5-inc1", "")
+_RECIPE = "rand-m9-mstd0.5-inc1"
+_POLICIES = (_RECIPE, "")
 _SIDES = ("ours", "ours+processes", "ours+pillow", "timm")
-_NAMES = 32  # of each picture
+_NAMES = 32  # of each image
 _WARM_UP = 6  # batches
 
 
-def write_pictures(directory: Path, count: int) -> None:
-    """Writes `count` JPEGs of 500x375 with detail at every scale, some 95 kB each.
+def write_images(directory: Path, count: int) -> None:
+    """Writes `count` JPEGs of 500x375 with detail at every scale, about 95 kB each.
 
-    Each is linked under further names: an epoch is longer than what is timed, since timm's workers
+    Each has further names by links: an epoch is longer than what is timed, because timm's workers
     wait for each other at its end.
     """
     folder = directory / "train" / "class"
     folder.mkdir(parents=True)
     for number in range(count):
         noise = np.random.RandomState(number)
-        picture = np.full((375, 500, 3), 128.0)
+        pixels = np.full((375, 500, 3), 128.0)
         for cells, amplitude in ((8, 60), (32, 40), (120, 25), (375, 10)):
             coarse = noise.standard_normal((cells, cells * 4 // 3, 3)) * amplitude + 128
-            coarse = Image.fromarray(coarse.clip(0, 255).astype(np.uint8))
-            picture += np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)) - 128.0
+            image = Image.fromarray(coarse.clip(0, 255).astype(np.uint8))
+            pixels += np.asarray(image.resize((500, 375), Image.Resampling.BICUBIC)) - 128.0
         file = io.BytesIO()
-        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
         path = folder / f"{number:05d}.JPEG"
         path.write_bytes(file.getvalue())
         for copy in range(1, _NAMES):
             (folder / f"{number:05d}_{copy}.JPEG").hardlink_to(path)
 
 
-def our_batches(options: argparse.Namespace, policy: str):
-    """Yields our training batches, endlessly."""
+def our_batches(options: argparse.Namespace, policy: str) -> Any:
+    """Returns our training batches, endless."""
     from configs import default
     from mambaout_jax.build import build_train_batches
 
@@ -70,10 +76,10 @@ def our_batches(options: argparse.Namespace, policy: str):
     config.data.backend = "pillow" if options.run == "ours+pillow" else "fast"
     config.augment.policy = policy
     config.batch_size = options.batch
-    yield from build_train_batches(config)
+    return build_train_batches(config)
 
 
-def timm_batches(options: argparse.Namespace, policy: str):
+def timm_batches(options: argparse.Namespace, policy: str) -> Any:
     """Yields the uint8 batches of timm's loader, endlessly, before they go to the device."""
     import torch
     from PIL import ImageOps
@@ -111,10 +117,15 @@ def processor_seconds() -> float:
 
 
 def resident_mib() -> float:
-    """Returns the resident memory of this process and its living children, in MiB (Linux)."""
-    pids = (os.getpid(), *_children())
-    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    """Returns the memory of this process and its living children, in MiB (Linux).
+
+    Memory that several of them share counts once.
+    """
+    kib = 0
+    for pid in (os.getpid(), *_children()):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            kib += int(line.split()[1]) if line.startswith("Pss:") else 0
+    return kib / 1024
 
 
 def _children() -> list[int]:
@@ -123,7 +134,7 @@ def _children() -> list[int]:
 
 
 def measure(batches, images: int, batch: int) -> dict[str, float]:
-    """Returns pictures a second and processor milliseconds a picture, after a warm-up."""
+    """Returns images per second, processor time per image and memory, after a warm-up."""
     for _ in range(_WARM_UP):
         next(batches)
     steps = -(-images // batch)
@@ -131,33 +142,45 @@ def measure(batches, images: int, batch: int) -> dict[str, float]:
     for _ in range(steps):
         next(batches)
     wall, processor = time.monotonic() - wall, processor_seconds() - processor
-    return {"rate": steps * batch / wall, "cpu_ms": processor / (steps * batch) * 1e3}
+    return {
+        "rate": steps * batch / wall,
+        "cpu_ms": processor / (steps * batch) * 1e3,
+        "mib": resident_mib(),
+    }
 
 
 def follow_memory(batches, images: int, batch: int) -> None:
-    """Prints the resident memory as pictures go by."""
+    """Prints the memory while images are made."""
     steps = images // batch
     for step in range(steps + 1):
         next(batches)
         if step % max(steps // 20, 1) == 0:
-            print(f"{step * batch:7d} pictures  {resident_mib():8.1f} MiB", flush=True)
+            print(f"{step * batch:7d} images  {resident_mib():8.1f} MiB", flush=True)
+
+
+def run_side(
+    options: argparse.Namespace, side: str, workers: int, threads: int, images: int
+) -> Any:
+    """Runs one side in a process of its own and returns its measurements by policy."""
+    python = options.timm_python if side == "timm" else sys.executable
+    command = [python, __file__, f"--directory={options.directory}", f"--run={side}"]
+    command += [f"--workers={workers}", f"--threads={threads}", f"--batch={options.batch}"]
+    command += [f"--images={images}", "--policies", *options.policies]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(output.stdout.splitlines()[-1])
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Runs both sides in turns, and prints the medians."""
+    """Runs all sides in turns, and prints the medians."""
     print(f"{'policy':22s} {'workers':>7s} {'side':18s} {'images/s':>9s} {'CPU ms/image':>13s}")
     for workers in options.workers:
         runs: dict[tuple[str, str], list[dict]] = {}
         for _ in range(options.rounds):
             for side in options.sides:
-                python = options.timm_python if side == "timm" else sys.executable
-                command = [python, __file__, f"--directory={options.directory}", f"--run={side}"]
-                command += [f"--workers={workers}", f"--threads={options.threads}"]
-                command += [f"--batch={options.batch}", f"--images={options.images}"]
-                output = subprocess.run(command, capture_output=True, text=True, check=True)
-                for policy, result in json.loads(output.stdout.splitlines()[-1]).items():
+                results = run_side(options, side, workers, options.threads, options.images)
+                for policy, result in results.items():
                     runs.setdefault((policy, side), []).append(result)
-        for policy in _POLICIES:
+        for policy in options.policies:
             for side in options.sides:
                 results = runs[policy, side]
                 rate = statistics.median(result["rate"] for result in results)
@@ -166,42 +189,73 @@ def compare(options: argparse.Namespace) -> None:
                 print(f"{label:22s} {workers:7d} {side:18s} {rate:9.0f} {cpu:13.2f}", flush=True)
 
 
-def open_batches(options: argparse.Namespace, policy: str):
-    """Returns the batches of the side that the options name, ours if none."""
+def scale(options: argparse.Namespace) -> None:
+    """Prints a row for each number of workers."""
+    cores = len(os.sched_getaffinity(0))
+    print(f"{cores} cores, {options.images} images a row, batches of {options.batch}")
+    print("policy                 processes threads images/s CPU ms/image  ratio      MiB")
+    first: dict[str, float] = {}
+    rows = [("ours", 0, 1), *((("ours+processes" if n else "ours"), n, 0) for n in options.workers)]
+    for side, workers, threads in rows:
+        threads = threads or (options.threads if workers else cores)
+        images = options.images if len(first) else max(options.images // cores, 1024)
+        count = workers if workers else threads
+        for policy, result in run_side(options, side, count, threads, images).items():
+            cpu = result["cpu_ms"]
+            ratio = cpu / first.setdefault(policy, cpu)
+            print(
+                f"{policy or 'none':22s} {workers:9d} {threads:7d} {result['rate']:8.0f} "
+                f"{cpu:12.3f} {ratio:6.2f} {result['mib']:8.0f}",
+                flush=True,
+            )
+
+
+def open_batches(options: argparse.Namespace, policy: str) -> Any:
+    """Returns the batches of the side that the options name, ours by default."""
     return timm_batches(options, policy) if options.run == "timm" else our_batches(options, policy)
 
 
+def run_one(options: argparse.Namespace) -> None:
+    """Runs one side in this process."""
+    if options.memory:
+        batches = open_batches(options, options.policies[0])
+        follow_memory(batches, options.images, options.batch)
+        batches.close()
+        return
+    results = {}
+    for policy in options.policies:
+        batches = open_batches(options, policy)
+        results[policy] = measure(batches, options.images, options.batch)
+        batches.close()
+    print(json.dumps(results))
+
+
 def main() -> None:
-    """Compares both sides, or runs the one that the parent process asks for."""
+    """Compares both sides, prints the table of workers, or runs one side."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--timm_python", default="python", help="of an environment with timm")
     parser.add_argument("--sides", nargs="+", default=_SIDES)
+    parser.add_argument("--scaling", action="store_true", help="print a row for each --workers")
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--threads", type=int, default=1, help='a process of "ours+processes"')
+    parser.add_argument("--threads", type=int, default=1, help="of each worker process")
+    parser.add_argument("--policies", nargs="+", default=_POLICIES)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1024, help="timed in a run")
-    parser.add_argument("--pictures", type=int, default=512, help="written to the folder")
-    parser.add_argument("--memory", action="store_true", help="follow our memory instead")
-    parser.add_argument("--directory", default="", help="of the pictures; made if absent")
+    parser.add_argument("--files", type=int, default=512, help="images written to the folder")
+    parser.add_argument("--memory", action="store_true", help="follow the memory of --run instead")
+    parser.add_argument("--directory", default="", help="of the images; made if absent")
     parser.add_argument("--run", default="", help="one side, in this process")
     options = parser.parse_args()
     sys.path.insert(0, os.fspath(Path(__file__).parents[1]))
     with tempfile.TemporaryDirectory() as temporary:
         options.directory = options.directory or temporary
         if not (Path(options.directory) / "train").exists():
-            write_pictures(Path(options.directory), options.pictures)
-        if options.memory:
-            batches = open_batches(options, _POLICIES[0])
-            follow_memory(batches, options.images, options.batch)
-            batches.close()
-        elif options.run:
-            results = {}
-            for policy in _POLICIES:
-                batches = open_batches(options, policy)
-                results[policy] = measure(batches, options.images, options.batch)
-                batches.close()
-            print(json.dumps(results))
+            write_images(Path(options.directory), options.files)
+        if options.memory or options.run:
+            run_one(options)
+        elif options.scaling:
+            scale(options)
         else:
             compare(options)
 

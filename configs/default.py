@@ -23,7 +23,9 @@ def get_config() -> ConfigDict:
     config.model.depthwise = "auto"  # implementation of the depthwise convolutions; "xla": plain
 
     config.data = ConfigDict()
-    config.data.source = "tfds"  # "tfds" (prepared as ArrayRecord) or "folder" (dir/split/class/x)
+    config.data.source = (
+        "tfds"  # "tfds" (as ArrayRecord), "folder" (dir/split/class/x), "synthetic"
+    )
     config.data.name = "imagenet2012"  # TFDS name; "digits" ships with the package
     config.data.dir = ""  # folder of the data; for TFDS, "" means $TFDS_DATA_DIR
     config.data.train_split = "train"

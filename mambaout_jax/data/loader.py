@@ -7,16 +7,19 @@ hosts. The state of a training iterator is therefore one number, its step.
 
 import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mambaout_jax.data import augment, examples, parallel, preprocess, sources
 from mambaout_jax.data.buffers import Batch
 from mambaout_jax.data.chunks import Damage, Damages
 from mambaout_jax.data.order import Order
 from mambaout_jax.data.prefetch import BatchesAhead
+from mambaout_jax.data.synthetic import SyntheticBatches, SyntheticSource
 from mambaout_jax.errors import UserError
 
+_SEED_OF_EVALUATION = 1  # of synthetic images
 logger = logging.getLogger(__name__)
 
 
@@ -103,15 +106,20 @@ class TrainBatches(Iterator[Batch]):
             "batch_size": batch_size,
             "repeats": repeats,
         }
-        transform = augment.TrainTransform(augmentation, loader.backend)
-        self._parallel = parallel.choose(loader.workers, loader.threads)
-        workers, threads = self._parallel.workers, self._parallel.threads
-        processes = f"{workers} worker processes of " if workers else ""
-        self.made_by = f"{transform.made_by} in {processes}{threads} threads"
         share = examples.Share(batch_size, process_index * local_batch, local_batch)
-        self._maker = examples.TrainingMaker(source, order, transform, self._limit, share)
         self._step = start_step
-        self._ahead: BatchesAhead | None = None
+        self._ahead: BatchesAhead | SyntheticBatches | None = None
+        self._open_at: Callable[[int], BatchesAhead | SyntheticBatches]
+        if isinstance(source, SyntheticSource):
+            size = (augmentation.image_size, augmentation.image_size)
+            self.made_by = "random images in memory"
+            self._open_at = functools.partial(SyntheticBatches, source, size, share, seed)
+            return
+        transform = augment.TrainTransform(augmentation, loader.backend)
+        options = parallel.choose(loader.workers, loader.threads)
+        self.made_by = f"{transform.made_by} in {options}"
+        maker = examples.TrainingMaker(source, order, transform, self._limit, share)
+        self._open_at = functools.partial(BatchesAhead, maker, options)
 
     def __next__(self) -> Batch:
         """Returns the next batch.
@@ -121,7 +129,7 @@ class TrainBatches(Iterator[Batch]):
           WorkerLostError: a worker process died; the next call starts new ones at the same batch.
         """
         if self._ahead is None:
-            self._ahead = BatchesAhead(self._maker, self._parallel, self._step)
+            self._ahead = self._open_at(self._step)
         try:
             batch, damages = next(self._ahead)
             self._note_damages(damages)
@@ -220,18 +228,23 @@ class EvalBatches:
         self.class_names = source.class_names
         self.name = source.name
         self._length = -(-self.num_examples // batch_size)
-        images = self.num_examples // process_count
-        self._parallel = parallel.choose(loader.workers, loader.threads, images)
         local_batch = parallel.share(batch_size, process_count, "eval.batch_size")
         share = examples.Share(batch_size, process_index * local_batch, local_batch)
-        self._maker = examples.EvaluationMaker(source, preprocessing, share)
+        self._open: Callable[[int, int], BatchesAhead | SyntheticBatches]
+        if isinstance(source, SyntheticSource):
+            self._open = functools.partial(
+                SyntheticBatches, source, preprocessing.shape, share, _SEED_OF_EVALUATION
+            )
+        else:
+            images = self.num_examples // process_count
+            options = parallel.choose(loader.workers, loader.threads, images)
+            maker = examples.EvaluationMaker(source, preprocessing, share)
+            self._open = functools.partial(BatchesAhead, maker, options)
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        with contextlib.closing(
-            BatchesAhead(self._maker, self._parallel, 0, self._length)
-        ) as ahead:
+        with contextlib.closing(self._open(0, self._length)) as ahead:
             for batch, _ in ahead:
                 yield batch

@@ -29,6 +29,10 @@ class Parallel:
     threads: int
     cores: int
 
+    def __str__(self) -> str:
+        processes = f"{self.workers} worker processes of " if self.workers else ""
+        return f"{processes}{self.threads} threads"
+
     @property
     def chunks_at_once(self) -> int:
         """How many chunks keep all threads busy, one more for each process."""

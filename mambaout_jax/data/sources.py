@@ -9,6 +9,7 @@ import dataclasses
 from mambaout_jax.data.folder import FolderSource
 from mambaout_jax.data.prepared import TfdsSource, prepared_directory
 from mambaout_jax.data.records import Source
+from mambaout_jax.data.synthetic import SyntheticSource
 from mambaout_jax.errors import UserError
 
 
@@ -17,9 +18,10 @@ class Dataset:
     """Which dataset to read.
 
     Attributes:
-      kind: "tfds" (prepared as ArrayRecord) or "folder" (directory/split/class/image).
+      kind: "tfds" (prepared as ArrayRecord), "folder" (directory/split/class/image) or "synthetic"
+        (random images in memory).
       name: TFDS name, such as "imagenet2012" or "imagenet2012:5.1.0"; "digits" ships with the
-        package. A folder needs none.
+        package. The other kinds need none.
       directory: where the data is; for TFDS, "" stands for $TFDS_DATA_DIR.
       train_split: name of the training split.
       eval_split: name of the evaluation split.
@@ -52,6 +54,8 @@ def open_source(dataset: Dataset, split: str) -> Source:
         source = FolderSource(dataset.directory, split, reference_split=dataset.train_split)
     elif dataset.kind == "tfds":
         source = TfdsSource(prepared_directory(dataset.name, dataset.directory), split)
+    elif dataset.kind == "synthetic":
+        source = SyntheticSource(split, dataset.num_classes)
     else:
         raise ValueError(f"unknown kind of dataset: {dataset.kind!r}")
     if len(source) == 0:

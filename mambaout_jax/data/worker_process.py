@@ -1,6 +1,7 @@
 """What a worker process of the loader runs."""
 
 import contextlib
+import ctypes
 import os
 import pickle
 import queue
@@ -16,6 +17,7 @@ from mambaout_jax.data.buffers import BatchBuffers, SharedMemory
 from mambaout_jax.data.chunks import Chunk, Damages, Filler
 from mambaout_jax.errors import UserError
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Sent to all processes of a run: the main process decides when its workers end.
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -33,6 +35,7 @@ def work(
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    _keep_freed_memory()
     jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the main process
     chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
     fill = Filler(pickle.loads(memory.bytes), buffers, cores)
@@ -56,6 +59,14 @@ def work(
         while True:
             chunks.put(pipe.recv())
     os._exit(0)  # without waiting for chunks that nobody needs
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep freed memory: the next image needs as much, and page faults take time."""
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _portable(error: Exception) -> Exception:
