@@ -1,4 +1,4 @@
-"""Images per second of the training pipeline on the host, by workers, and compared to timm's loader.
+"""Images per second of the training pipeline, by workers, and compared to timm's loader.
 
 Every run reads the same folder of 500x375 JPEGs in processes of its own: random-resized crop to
 224, flip, and RandAugment where the row says so. What follows on the accelerator (normalisation,
