@@ -1,6 +1,6 @@
-"""What the reference implementations answered, and the formula of the weights they were asked with.
+"""Outputs recorded from the reference implementations, and the formula of weights and images.
 
-The recorded values are float64 answers of the paper's PyTorch code and of timm, on a CPU.
+The references are the paper's PyTorch code and timm, in float64 on a CPU.
 """
 
 import json
@@ -19,17 +19,19 @@ CASES = (
     "mambaout_kobe-original-192",
     "test_mambaout-timm-160",
 )
+# timm's test_mambaout with other block options: conv_ratio, expansion, activation; one not square.
+OPTION_CASES = ("conv125-gelu", "conv125-gelu-narrow", "conv150-silu")
 
 
 def load(case: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns what a case was asked with, and its answers."""
+    """Returns a case's inputs and its recorded outputs."""
     meta = json.loads((DIR / f"{case}.json").read_text())
     with np.load(DIR / f"{case}.npz") as answers:
         return meta, dict(answers)
 
 
 def weights(state_dict: list[tuple[str, list[int]]], seed: int) -> dict[str, np.ndarray]:
-    """Returns the weights that numpy's legacy generator makes for the names and shapes."""
+    """Returns weights for names and shapes, from numpy's legacy generator."""
     tensors = {}
     for i, (name, shape) in enumerate(state_dict):
         z = np.random.RandomState(seed + i).standard_normal(shape).astype(np.float32)
@@ -43,13 +45,14 @@ def weights(state_dict: list[tuple[str, list[int]]], seed: int) -> dict[str, np.
     return tensors
 
 
-def images(seed: int, batch: int, size: int) -> np.ndarray:
-    """Returns normalised images, float32 [batch, size, size, 3]."""
+def images(seed: int, batch: int, size: int | list[int]) -> np.ndarray:
+    """Returns normalised images, float32 [batch, height, width, 3]; one size is both."""
     random = np.random.RandomState(seed)
-    return random.standard_normal((batch, size, size, 3)).astype(np.float32)
+    height, width = [size, size] if isinstance(size, int) else size
+    return random.standard_normal((batch, height, width, 3)).astype(np.float32)
 
 
 def params(model: MambaOut, seed: int = 0) -> dict[str, Any]:
-    """Returns parameters of any model by the same formula."""
+    """Returns parameters of any model, by the same formula."""
     shapes = sorted((tensor.name, list(tensor.shape)) for tensor in torch_tensors(model, "timm"))
     return from_torch(weights(shapes, seed), model)

@@ -1,4 +1,4 @@
-"""The activations and the gate's product against float64 formulas, values and gradients."""
+"""Activations and the gate's product against float64 formulas: values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from mambaout_jax.errors import UserError
 from mambaout_jax.ops import activate, gate_product
 
 X = np.linspace(-9, 9, 721)
@@ -49,3 +50,8 @@ def test_gate_product(act):
     np.testing.assert_allclose(dgate, dy * slope * value, atol=2e-3)
     both = np.concatenate((didentity, dconv), axis=-1)
     np.testing.assert_allclose(both, dy * active, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_activation_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"unknown activation 'relu' \(known: gelu, silu\)"):
+        activate("relu", jnp.ones(3))

@@ -1,4 +1,4 @@
-"""Depthwise convolution: every implementation against float64, and what it refuses."""
+"""Depthwise convolution: every implementation against float64, and bad input."""
 
 import jax
 import jax.numpy as jnp

@@ -42,7 +42,7 @@ PUBLISHED = {  # in units of 1e9
 }
 
 
-def test_the_models_command_tells_exact_counts_that_round_to_the_published(capsys):
+def test_the_models_command_prints_exact_counts_that_round_to_the_published_ones(capsys):
     assert main(["models", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {row["model"]: row["macs"] for row in listed["variants"]} == MACS
@@ -69,10 +69,12 @@ def test_a_block_by_hand():
     assert block.shape == (4, 4, width)
 
 
-def test_a_layer_holds_what_its_parts_hold():
-    layers = count_layers(create_model("test_mambaout", depthwise="xla"), (64, 48, 3))
+def test_a_layer_counts_its_parts():
+    model = create_model("test_mambaout", depthwise="xla")
+    layers = count_layers(model, (64, 48, 3))
     total = layers[0]
     assert total.path == ()
+    assert total == count_total(model, (64, 48, 3))
     for parent in layers:
         children = [
             layer
@@ -147,6 +149,16 @@ def test_six_widths_of_tokens_are_a_long_sequence(capsys):
     assert "expected a positive" in capsys.readouterr().err
 
 
-def test_the_network_refuses_what_it_cannot_take():
+def test_shapes_are_of_the_outputs_without_padding():
+    layers = count_layers(create_model("mambaout_base", depthwise="xla"), (64, 96, 3))
+    shapes = {layer.path: layer.shape for layer in layers}
+    assert shapes["stages_0", "blocks_0", "fc1"] == (16, 24, 2 * 341)
+    assert shapes["stages_0", "blocks_0", "conv"] == (16, 24, 128)
+    assert shapes["stages_0", "blocks_0", "fc2"] == (16, 24, 128)
+    assert shapes["stages_3",] == (2, 3, 768)
+    assert shapes["head",] == (1000,)
+
+
+def test_a_shape_that_the_network_does_not_take_is_an_error():
     with pytest.raises(UserError, match="at least 32"):
         count_total(create_model("test_mambaout"), (16, 64, 3))

@@ -1,4 +1,4 @@
-"""The network against the reference's recorded answers, and over the whole table of variants."""
+"""The network against outputs recorded from the references, and all variants."""
 
 import dataclasses
 import functools
@@ -57,14 +57,20 @@ def test_parameter_count(name):
     assert count == PARAMS[name] == VARIANTS[name].params
 
 
-@pytest.mark.parametrize("case", golden.CASES)
-def test_answers_equal_the_reference(case):
+@pytest.mark.parametrize("case", golden.CASES + golden.OPTION_CASES)
+def test_outputs_equal_the_reference(case):
     meta, answers = golden.load(case)
-    # timm's two run what a user gets on this platform; "xla" compiles fastest.
-    depthwise = "auto" if "timm" in case else "xla"
-    model = mambaout_jax.create_model(meta["variant"], depthwise=depthwise)
-    tensors = golden.weights(meta["state_dict"], meta["seed"])
-    params = mambaout_jax.from_torch(tensors, meta["variant"])
+    options = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in meta.get("overrides", {}).items()
+    }
+    # Some cases run what a user gets on this platform; "xla" compiles fastest.
+    depthwise = "xla" if "original" in case else "auto"
+    model = mambaout_jax.create_model(
+        meta["variant"], num_classes=meta.get("num_classes"), depthwise=depthwise, **options
+    )
+    params = mambaout_jax.from_torch(golden.weights(meta["state_dict"], meta["seed"]), model)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == meta["params"]
     images = golden.images(meta["image_seed"], meta["batch"], meta["size"])
     labels = answers["labels"].astype(np.int32)
 
@@ -91,7 +97,7 @@ def test_answers_equal_the_reference(case):
         np.testing.assert_allclose(np.mean(features), mean, rtol=0, atol=1e-4 * std)
         np.testing.assert_allclose(np.std(features), std, rtol=1e-4)
     layout = "original" if "original" in case else "timm"
-    back = mambaout_jax.to_torch(grads, meta["variant"], layout=layout)
+    back = mambaout_jax.to_torch(grads, model, layout=layout)
     norms = [np.linalg.norm(back[name]) for name, _ in meta["state_dict"]]
     np.testing.assert_allclose(norms, answers["grad_norms"], rtol=1e-3)
 
@@ -111,11 +117,29 @@ def test_too_small_images_are_refused():
         shapes(mambaout_jax.create_model("test_mambaout"), (31, 64))
 
 
-def test_unknown_names_are_refused_with_the_nearest():
+def test_unknown_names_are_errors_that_list_the_known_ones():
     with pytest.raises(UserError, match="did you mean 'mambaout_tiny'"):
         mambaout_jax.create_model("mambaout_tinny")
-    with pytest.raises(UserError, match="unknown option 'drop_path'"):
-        mambaout_jax.create_model("mambaout_tiny", drop_path=0.1)
+    with pytest.raises(UserError, match="unknown option 'head_dropout' of mambaout_tiny") as error:
+        mambaout_jax.create_model("mambaout_tiny", head_dropout=0.1)
+    assert "did you mean 'head_dropout_rate'?" in str(error.value)
+    known = str(error.value).partition("known: ")[2].rstrip(")").split(", ")
+    assert known == sorted(known)
+    assert {"act", "conv_ratio", "depthwise", "remat"} < set(known)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pooled_is_what_the_head_starts_from(dtype):
+    model, params, images = tiny_model(size=(64, 95), dtype=dtype)
+    pooled = model.apply(params, images, method="pooled")
+    assert pooled.shape == (2, 24)
+    assert pooled.dtype == jnp.float32
+    last = np.asarray(model.apply(params, images, method="features")[-1], np.float64)
+    np.testing.assert_allclose(pooled, last.mean((1, 2)), rtol=1e-5, atol=1e-6)
+    logits = model.apply(params, pooled[:, None, None], method=lambda net, x: net.head(x))
+    np.testing.assert_array_equal(logits, model.apply(params, images))
+    headless, params, _ = tiny_model(size=(64, 95), dtype=dtype, num_classes=0)
+    assert headless.apply(params, images, method="pooled").shape == (2, 24)
 
 
 def test_bfloat16_computes_in_bfloat16_and_answers_in_float32():

@@ -1,0 +1,166 @@
+"""Kernels load when they are used; where they cannot be, XLA's operations are, with a warning."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mambaout_jax.errors import UserError
+from mambaout_jax.ops import depthwise_conv2d, kernels, layer_norm
+from mambaout_jax.ops.lowering import Target, call_for_target
+
+OLD_JAX = jax.__version_info__ < (0, 11)  # it compiles GPU kernels where no GPU is
+
+NO_TRITON = """
+import json, logging, os, sys
+sys.modules["jax.experimental.pallas.triton"] = None  # import raises ModuleNotFoundError
+os.environ["JAX_PLATFORMS"] = "cpu"
+logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
+import jax, jax.numpy as jnp
+import mambaout_jax
+model = mambaout_jax.create_model("test_mambaout", depths=(1, 1, 1, 1), num_classes=10)
+images = jnp.ones((2, 32, 32, 3))
+params = jax.jit(model.init)(jax.random.key(0), images)
+def loss(params):
+    return (model.apply(params, images) ** 2).sum()
+gradients = jax.jit(jax.grad(loss))(params)
+assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(gradients))
+assert not [name for name in sys.modules if "pallas" in name and "mambaout" in name]
+traced = jax.jit(jax.grad(loss)).trace(params)
+for platform in ("tpu", "cuda"):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    counts = (text.count("@tpu_custom_call"), text.count("triton"), text.count("convolution("))
+    print(platform, *counts)
+"""
+
+
+def test_cpu_and_tpu_need_no_triton_and_a_gpu_does_without():
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TRITON], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    tpu, *warnings, cuda = done.stdout.splitlines()
+    stem_and_downsampling = 5 + 5 + 4  # forward, filter and input gradients
+    assert tpu == f"tpu 12 0 {stem_and_downsampling}"  # forward and two gradients of four blocks
+    assert cuda == f"cuda 0 0 {stem_and_downsampling + 12}"
+    (warning,) = warnings
+    assert warning.startswith("mambaout_jax.ops.kernels using XLA's slower depthwise convolutions")
+    assert warning.endswith("has no jax.experimental.pallas.triton")
+
+
+def gradient(implementation):
+    return jax.grad(
+        lambda x, kernel: depthwise_conv2d(x, kernel, implementation=implementation).sum(), (0, 1)
+    )
+
+
+def lower(platform, implementation="auto"):
+    x, kernel = jnp.ones((2, 7, 7, 8)), jnp.ones((7, 7, 1, 8))
+    traced = jax.jit(gradient(implementation)).trace(x, kernel)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Returns a function that sets the compute capabilities of this machine's NVIDIA GPUs."""
+
+    def set_capabilities(*capabilities):
+        devices = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
+        monkeypatch.setattr(jax, "local_devices", lambda backend: devices)
+
+    kernels._warn_once.cache_clear()
+    return set_capabilities
+
+
+def test_a_gpu_below_8_takes_xla_and_one_warning_says_so(gpu, caplog):
+    gpu("9.0", "7.5")
+    for _ in range(2):
+        text = lower("cuda")
+        assert "triton" not in text
+        assert text.count("stablehlo.convolution") == 2
+    (record,) = caplog.records
+    assert record.name == "mambaout_jax.ops.kernels"
+    assert "capability 8.0 or higher, and this one has 7.5" in record.message
+
+
+def test_a_gpu_from_8_on_takes_the_kernels(gpu, caplog):
+    gpu("8.0", "12.0")
+    assert kernels.kernels_usable(Target("cuda", 1))
+    assert not caplog.records
+
+
+def test_without_a_gpu_kernels_are_lowered_if_jax_can(caplog):
+    kernels._warn_once.cache_clear()
+    text = lower("cuda")
+    if OLD_JAX:
+        assert text.count("@__gpu$xla.gpu.triton") == 2
+        assert not caplog.records
+    else:
+        assert text.count("stablehlo.convolution") == 2
+        assert "compiles them only where a GPU is" in caplog.text
+
+
+def test_a_kernel_chosen_by_name_that_cannot_be_used_is_an_error(gpu):
+    gpu("7.5")
+    with pytest.raises(UserError, match=r"depthwise='pallas_gpu' cannot be used, choose 'auto'"):
+        lower("cuda", "pallas_gpu")
+
+
+def test_only_the_function_of_the_platform_is_traced():
+    traced = []
+
+    def choose(target):
+        def double(x):
+            traced.append(target)
+            return 2 * x
+
+        return double
+
+    x = jnp.arange(3.0)
+    double = jax.jit(lambda x: call_for_target(choose, lambda x: x, x))
+    for platform in ("cpu", "tpu", "rocm"):
+        double.trace(x).lower(lowering_platforms=(platform,))
+    assert traced == [Target("cpu", 1), Target("tpu", 1), Target("rocm", 1)]
+    np.testing.assert_array_equal(double(x), 2 * x)
+    np.testing.assert_array_equal(call_for_target(choose, lambda x: x, x), 2 * x)  # not jitted
+    with jax.disable_jit():
+        np.testing.assert_array_equal(call_for_target(choose, lambda x: x, x), 2 * x)
+
+
+def test_the_matmul_precision_is_the_one_of_the_trace():
+    def product(x):
+        return x @ x
+
+    jitted = jax.jit(lambda x: call_for_target(lambda target: product, product, x))
+    with jax.default_matmul_precision("highest"):
+        traced = jitted.trace(jnp.ones((2, 2)))
+    assert "HIGHEST" in traced.lower().as_text()
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (1, None, 1), (None, 0, None)])
+def test_vmap_equals_a_loop(axes):
+    shapes = (2, 5, 6, 8), (3, 3, 1, 8), (2, 5, 6, 8)
+    random = np.random.default_rng(0)
+    args = [
+        random.standard_normal(shape if axis is None else np.insert(shape, axis, 4), np.float32)
+        for shape, axis in zip(shapes, axes, strict=True)
+    ]
+
+    def gradients(x, kernel, shortcut):
+        def loss(x, kernel):
+            residual, y = layer_norm(x, jnp.ones(8), jnp.zeros(8), 1e-6, jnp.float32)
+            return (jnp.cos(depthwise_conv2d(y, kernel)) + residual * shortcut).sum()
+
+        return jax.grad(loss, (0, 1))(x, kernel)
+
+    got = jax.jit(jax.vmap(gradients, axes))(*args)
+    for i in range(4):
+        one = (
+            arg if axis is None else arg.take(i, axis) for arg, axis in zip(args, axes, strict=True)
+        )
+        for many, expected in zip(got, jax.jit(gradients)(*one), strict=True):
+            np.testing.assert_allclose(many[i], expected, rtol=1e-5, atol=1e-5)
