@@ -21,7 +21,6 @@ from mambaout_jax.training import checkpoint
 from mambaout_jax.training.optimizer import make_optimizer
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.weights.info import FORMAT, WeightsInfo
-from mambaout_jax.weights.integrity import fingerprints
 from mambaout_jax.weights.store import save_weights
 
 STEP = 3
@@ -58,13 +57,11 @@ def main(directory: Path) -> None:
     """Writes both checkpoints."""
     save_weights(directory / f"converted-{FORMAT}", params(0), INFO)
     run = state()
-    optimizer = {"step": run.step, "opt_state": run.opt_state}
-    checks = fingerprints(params=run.params, ema_params=run.ema_params, optimizer=optimizer)
-    info = dataclasses.replace(INFO, averaged=True, fingerprints=checks)
+    info = dataclasses.replace(INFO, averaged=True)
     workdir = epath.Path(directory / f"run-{FORMAT}")
     with checkpoint.open_checkpoints(workdir, keep=1) as manager:
         data = {"batches": {"step": STEP}}
-        checkpoint.save(manager, run, data, info.to_json(), INFO.metrics)
+        checkpoint.save(manager, run, data, info, INFO.metrics)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Weights in Orbax: round trips, the best step of a run, and everything that is refused."""
 
 import dataclasses
+import errno
 import shutil
 import time
 
@@ -9,10 +10,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tenacity
 
 import mambaout_jax
 from mambaout_jax.data.preprocess import Preprocessing
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import StorageError, UserError
 from mambaout_jax.weights.info import NewerFormatError, WeightsInfo
 from mambaout_jax.weights.integrity import fingerprints
 from mambaout_jax.weights.store import load_weights, save_weights
@@ -166,6 +168,31 @@ def test_a_stray_or_half_copied_step_is_not_considered(tmp_path, caplog):
     shutil.copytree(tmp_path / "checkpoints" / "3" / "params", tmp_path / "checkpoints/98/params")
     assert_equal(load_weights(tmp_path)[0], small_params())
     assert caplog.text.count("is no complete checkpoint: not considered") == 2
+
+
+def failing(restore, count):
+    """Returns a function that raises EIO `count` times before it works."""
+    left = [count]
+
+    def attempt(*args, **options):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return restore(*args, **options)
+
+    return attempt
+
+
+def test_a_read_error_of_a_while_is_retried_and_is_no_damage(tmp_path, monkeypatch, caplog):
+    save_weights(tmp_path / "w", small_params(), INFO)
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)
+    restore = ocp.Checkpointer.restore
+    monkeypatch.setattr(ocp.Checkpointer, "restore", failing(restore, 2))
+    assert_equal(load_weights(tmp_path / "w")[0], small_params())
+    assert caplog.text.count("Input/output error): trying again") == 2
+    monkeypatch.setattr(ocp.Checkpointer, "restore", failing(restore, 100))
+    with pytest.raises(StorageError, match=r"w cannot be read: Input/output error"):
+        load_weights(tmp_path / "w")
 
 
 def test_weights_that_are_not_finite_are_refused_unless_asked_for(tmp_path):

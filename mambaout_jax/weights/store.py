@@ -7,10 +7,12 @@ recipe averages parameters. Directories may be in a bucket (gs://...).
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from etils import epath
 from mambaout_jax.bucket import absolute, failed, http_status, io_errors, is_bucket
 from mambaout_jax.errors import UserError
 from mambaout_jax.runtime.event_loops import ignore_closed_event_loops
+from mambaout_jax.runtime.storage import reading
 from mambaout_jax.weights.info import WeightsInfo
 from mambaout_jax.weights.integrity import digest, fingerprints
 from mambaout_jax.weights.output import check_absent, check_space
@@ -27,6 +30,8 @@ from mambaout_jax.weights.shapes import mismatches, param_shapes, tree_shapes
 from mambaout_jax.weights.steps import is_whole, whole_steps
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def save_weights(
@@ -78,18 +83,7 @@ def load_weights(directory: epath.PathLike) -> tuple[dict[str, Any], WeightsInfo
     """
     directory, info = _find(absolute(directory))
     item = "ema_params" if info.averaged else "params"
-    with _damage(directory), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        metadata = checkpointer.metadata(directory / item).item_metadata
-        if metadata is None:
-            raise UserError(f"the weights in {directory} are damaged: {item} has no valid metadata")
-        found = metadata.tree
-        if errors := mismatches(tree_shapes(found), param_shapes(info.create_model())):
-            raise UserError(
-                f"the weights in {directory} do not fit {info.model}: {'; '.join(errors)}"
-            )
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found)
-        args = ocp.args.PyTreeRestore(restore_args=as_numpy)
-        params = checkpointer.restore(directory / item, args=args)
+    params = _reading(directory, functools.partial(_restore, directory, item, info))
     if info.digest and digest(params) != info.digest:
         raise UserError(f"the weights in {directory} are damaged: their digest differs")
     if info.fingerprints.get(item) not in (None, fingerprints(params=params)["params"]):
@@ -97,6 +91,23 @@ def load_weights(directory: epath.PathLike) -> tuple[dict[str, Any], WeightsInfo
             f"the weights in {directory} are damaged: the fingerprint of {item} differs"
         )
     return params, info
+
+
+def _restore(directory: epath.Path, item: str, info: WeightsInfo) -> dict[str, Any]:
+    """Reads the arrays of an item whose names and shapes are those of its description."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.metadata(directory / item).item_metadata
+        if metadata is None:  # Orbax hides the error of reading it; this raises it
+            with warnings.catch_warnings(action="ignore"):
+                checkpointer.restore(directory / item)
+            raise UserError(f"the weights in {directory} cannot be read: {item} has no metadata")
+        if errors := mismatches(tree_shapes(metadata.tree), param_shapes(info.create_model())):
+            raise UserError(
+                f"the weights in {directory} do not fit {info.model}: {'; '.join(errors)}"
+            )
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+        args = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        return checkpointer.restore(directory / item, args=args)
 
 
 def _find(directory: epath.Path) -> tuple[epath.Path, WeightsInfo]:
@@ -119,8 +130,11 @@ def _find(directory: epath.Path) -> tuple[epath.Path, WeightsInfo]:
 
 
 def _read_info(directory: epath.Path) -> WeightsInfo:
-    with _damage(directory), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        record = checkpointer.restore(directory / "meta", args=ocp.args.JsonRestore())
+    def read() -> dict[str, Any]:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(directory / "meta", args=ocp.args.JsonRestore())
+
+    record = _reading(directory, read)
     return WeightsInfo.from_json(record, f"the checkpoint {directory}")
 
 
@@ -144,13 +158,17 @@ def _remove_unfinished(directory: epath.Path) -> None:
         time.sleep(0.1)
 
 
-@contextlib.contextmanager
-def _damage(directory: epath.Path) -> Iterator[None]:
-    """Turns the errors that Orbax raises on an unreadable checkpoint into a UserError."""
+def _reading(directory: epath.Path, read: Callable[[], T]) -> T:
+    """Returns what `read` returns, after further attempts if storage fails for a while.
+
+    Raises:
+        StorageError: storage still fails.
+        UserError: any other error, such as damage.
+    """
     ignore_closed_event_loops()
     try:
         with _silent_absl():
-            yield
+            return reading(read, f"the checkpoint {directory}")
     except UserError:
         raise
     except Exception as error:  # damaged bytes make Orbax and TensorStore raise errors of any type
