@@ -15,7 +15,7 @@ LABELS_FILE = tfds.core.tfds_path("datasets/imagenet2012/labels.txt")
 
 
 def jpeg(number: int, size: tuple[int, int] = (64, 48)) -> bytes:
-    """Returns an encoded picture of that (width, height), a function of its number alone."""
+    """Returns an encoded image of a (width, height), which depends on its number alone."""
     noise = np.random.RandomState(number).randint(0, 256, (6, 8, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG")
@@ -25,7 +25,7 @@ def jpeg(number: int, size: tuple[int, int] = (64, 48)) -> bytes:
 with tfds.core.registered.skip_registration():  # TFDS has its own builder of this name
 
     class Imagenet2012(tfds.core.GeneratorBasedBuilder):
-        """Writes what TFDS's builder of ImageNet writes, from made pictures, without TensorFlow."""
+        """Writes what TFDS's builder of ImageNet writes, from small images, without TensorFlow."""
 
         VERSION = tfds.core.Version("5.1.0")
         counts: dict[str, int]

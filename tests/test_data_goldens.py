@@ -1,4 +1,4 @@
-"""Pixels against what the reference made of the same pictures."""
+"""Pixels against those that timm makes of the same images."""
 
 import json
 from pathlib import Path

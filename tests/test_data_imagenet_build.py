@@ -29,15 +29,15 @@ def add(tar, name, content):
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):
-    """Two pictures of each of 24 classes, nested as ImageNet's tars are, and 12 held-out ones."""
+    """Two images of each of 24 classes, nested as ImageNet's tars are, and 12 held-out ones."""
     directory = tmp_path_factory.mktemp("manual")
     classes = LABELS_FILE.read_text().split()[:24]
     with tarfile.open(directory / "ILSVRC2012_img_train.tar", "w") as train:
         for number, synset in enumerate(classes):
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as tar:
-                for picture in range(2):
-                    add(tar, f"{synset}_{picture}.JPEG", jpeg(2 * number + picture))
+                for number_of_class in range(2):
+                    add(tar, f"{synset}_{number_of_class}.JPEG", jpeg(2 * number + number_of_class))
             add(train, f"{synset}.tar", inner.getvalue())
     with tarfile.open(directory / "ILSVRC2012_img_val.tar", "w") as validation:
         for number in range(12):

@@ -1,11 +1,16 @@
 """Order, resume and evaluation of the batches, bit for bit."""
 
+import time
+
 import numpy as np
 import pytest
 from batches import eval_batches, train_batches
 
 from configs import default
+from mambaout_jax.data.buffers import Layout
 from mambaout_jax.data.order import Generators
+from mambaout_jax.data.parallel import Parallel
+from mambaout_jax.data.prefetch import BatchesAhead
 from mambaout_jax.errors import UserError
 
 
@@ -178,3 +183,39 @@ def test_random_numbers_are_those_that_grain_gave():
         (0.5467759007702437, 777),
         (0.633799906795458, 88),
     ]
+
+
+class SlowMaker:
+    """Reads or makes slowly."""
+
+    layout = Layout(20, (("label", (), "int32"),))
+
+    def __init__(self, slow):
+        self._slow = slow
+
+    def __call__(self, step, start, out, permit):
+        if self._slow == "reading":
+            time.sleep(0.05)
+        with permit:
+            if self._slow == "making":
+                time.sleep(0.05)
+        return []
+
+
+@pytest.mark.parametrize("slow", ["reading", "making"])
+def test_the_time_of_reading_is_told_apart_from_that_of_making(slow):
+    ahead = BatchesAhead(SlowMaker(slow), Parallel(workers=0, threads=3, cores=1), 0, 3)
+    assert len(list(ahead)) == 3
+    slower, faster = ahead.reading, ahead.making
+    if slow == "making":
+        slower, faster = faster, slower
+    assert slower >= 6 * 0.05  # chunks
+    assert faster < slower
+
+
+def test_the_share_of_reading_is_that_since_the_last_call():
+    batches = train_batches(digits_config())
+    assert batches.reading_share() == 0
+    take(batches, 3)
+    assert 0 < batches.reading_share() < 1
+    assert batches.reading_share() == 0

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import threading
+import time
 from typing import NamedTuple, Protocol
 
 from mambaout_jax.data.buffers import Batch, BatchBuffers, Layout
@@ -59,16 +60,43 @@ class Maker(Protocol):
         """Returns the name of the image in a row."""
 
 
+class Filled(NamedTuple):
+    """What is known of a chunk that was filled."""
+
+    damages: Damages
+    reading: float  # seconds in which files were read
+    making: float  # seconds in which images were decoded and augmented
+
+
+class _TimedPermit:
+    """A permit that notes when it was asked for, given and returned."""
+
+    def __init__(self, permits: threading.Semaphore):
+        self._permits = permits
+        self.asked = self.given = self.returned = time.monotonic()
+
+    def __enter__(self) -> None:
+        self.asked = time.monotonic()
+        self._permits.acquire()
+        self.given = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self._permits.release()
+        self.returned = time.monotonic()
+
+
 class Filler:
     """Fills chunks with a maker, at most `cores` at once."""
 
     def __init__(self, maker: Maker, buffers: BatchBuffers, cores: int):
         self._maker = maker
         self._buffers = buffers
-        self._permit = threading.Semaphore(cores)
+        self._permits = threading.Semaphore(cores)
 
-    def __call__(self, chunk: Chunk) -> Damages:
+    def __call__(self, chunk: Chunk) -> Filled:
         """Fills one chunk."""
         arrays = self._buffers.arrays(chunk.slot)
         out = {name: array[chunk.start : chunk.stop] for name, array in arrays.items()}
-        return self._maker(chunk.step, chunk.start, out, self._permit)
+        start, permit = time.monotonic(), _TimedPermit(self._permits)
+        damages = self._maker(chunk.step, chunk.start, out, permit)
+        return Filled(damages, permit.asked - start, permit.returned - permit.given)

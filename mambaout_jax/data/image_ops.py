@@ -1,7 +1,7 @@
-"""The operations of RandAugment and 3-Augment on RGB images, equal to timm's pixels.
+"""The operations of RandAugment and 3-Augment on RGB images, with the same pixels as timm.
 
-An operation is called as operation(image, level, sign, filter): the level in
-[0, 10] sets the strength, the sign (1 or -1) the direction, where it has one.
+An operation is called as operation(image, level, sign, filter). The level in [0, 10] sets the
+strength. The sign (1 or -1) sets the direction of operations that have one.
 """
 
 import math
@@ -10,23 +10,23 @@ from typing import Any, Protocol
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-FILL = (124, 116, 104)  # the ImageNet mean, where a moved image leaves nothing
+FILL = (124, 116, 104)  # the ImageNet mean, for pixels from outside the image
 RAMP = Image.frombytes("L", (256, 1), bytes(range(256)))  # each value once
 
-AnyImage = Any  # Pillow's, or another library's with its size, width and height
+AnyImage = Any  # of Pillow, or of another library with the same size, width and height
 Operation = Callable[[AnyImage, float, int, Image.Resampling], AnyImage]
 
 
 class Pixels(Protocol):
-    """What a library does to pixels; the operations below say how much of it."""
+    """The pixel functions of a library, of which the operations below are made."""
 
     def warp(
         self, image: AnyImage, coefficients: tuple[float, ...], filter_: Image.Resampling
     ) -> AnyImage:
-        """Takes pixel (x, y) from (ax + by + c, dx + ey + f); outside lies the fill colour."""
+        """Takes pixel (x, y) from (ax + by + c, dx + ey + f); pixels from outside get FILL."""
 
     def lookup(self, image: AnyImage, table: bytes) -> AnyImage:
-        """Replaces each value by what stands in its place in a table of 256."""
+        """Replaces each value v by table[v]."""
 
     def color(self, image: AnyImage, factor: float) -> AnyImage:
         """Blends with the greyscale image; 0 is grey, 1 no change."""
@@ -48,7 +48,7 @@ class Pixels(Protocol):
 
 
 class PillowPixels:
-    """The reference's own library; see `Pixels`."""
+    """Pillow, the library that timm uses; see `Pixels`."""
 
     def warp(
         self, image: Image.Image, coefficients: tuple[float, ...], filter_: Image.Resampling
@@ -88,7 +88,7 @@ class PillowPixels:
 
 
 def rotation(size: tuple[int, int], degrees: float) -> tuple[float, ...]:
-    """Returns the coefficients of a counter-clockwise turn about the middle, as Pillow's are."""
+    """Returns the coefficients of a counter-clockwise rotation about the centre, as in Pillow."""
     angle = -math.radians(degrees % 360)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     x, y = size[0] / 2, size[1] / 2
@@ -96,13 +96,13 @@ def rotation(size: tuple[int, int], degrees: float) -> tuple[float, ...]:
 
 
 def posterized(bits: int) -> bytes:
-    """Returns the table that keeps the highest bits of each value; zero bits leave black."""
+    """Returns the table that keeps the highest bits of each value; 0 bits give black."""
     mask = 256 - (1 << max(8 - bits, 0))
     return bytes(value & mask for value in range(256))
 
 
 def solarized(threshold: int) -> bytes:
-    """Returns the table that inverts the values from a threshold on."""
+    """Returns the table that inverts values of at least a threshold."""
     return bytes(v if v < threshold else 255 - v for v in range(256))
 
 
@@ -137,7 +137,7 @@ def _unit(level: float) -> float:
 
 
 def operations(p: Pixels) -> dict[str, Operation]:
-    """Returns every operation by timm's name, done by the given library."""
+    """Returns all operations by their names in timm, computed by the given library."""
     return {
         "AutoContrast": lambda image, level, sign, filter_: p.autocontrast(image),
         "Equalize": lambda image, level, sign, filter_: p.equalize(image),
@@ -166,10 +166,10 @@ def operations(p: Pixels) -> dict[str, Operation]:
         "Desaturate": lambda i, level, s, f: p.color(i, 1 - (0.5 + 0.5 * _unit(level))),
         "GaussianBlur": lambda i, level, s, f: p.gaussian_blur(i, 0.1 + 1.9 * _unit(level)),
         "Rotate": lambda i, level, s, f: p.warp(i, rotation(i.size, s * level / 10 * 30), f),
-        # a row moves left by the factor for each row down, a column up for each column right
+        # each row moves left by the factor times its number, each column up
         "ShearX": lambda i, level, s, f: p.warp(i, (1, s * (level / 10 * 0.3), 0, 0, 1, 0), f),
         "ShearY": lambda i, level, s, f: p.warp(i, (1, 0, 0, s * (level / 10 * 0.3), 1, 0), f),
-        # by a part of the side
+        # by a fraction of the side
         "TranslateXRel": lambda i, level, s, f: p.warp(
             i, (1, 0, s * (level / 10 * 0.45) * i.width, 0, 1, 0), f
         ),

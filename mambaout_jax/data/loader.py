@@ -90,6 +90,7 @@ class TrainBatches(Iterator[Batch]):
         self.num_classes = source.num_classes
         self.class_names = source.class_names
         self._damages: dict[str, Damage] = {}
+        self._times = (0.0, 0.0)  # seconds of reading and of making, since they were asked for
         self._limit = examples.BadImages.of(self.num_examples, max_bad_fraction)
         local_batch = parallel.share(batch_size, process_count, "batch_size")
         order = Order(self.num_examples, repeats, batch_size, seed)
@@ -128,16 +129,32 @@ class TrainBatches(Iterator[Batch]):
           UserError: too many images cannot be decoded, or one kills each worker that makes it.
           WorkerLostError: a worker process died; the next call starts new ones at the same batch.
         """
-        if self._ahead is None:
-            self._ahead = self._open_at(self._step)
+        self.start()
+        assert self._ahead is not None
         try:
             batch, damages = next(self._ahead)
             self._note_damages(damages)
+            self._note_times(self._ahead)
         except BaseException:
             self.close()
             raise
         self._step += 1
         return batch
+
+    def start(self) -> None:
+        """Starts making batches ahead, as the first request for a batch does."""
+        if self._ahead is None:
+            self._ahead = self._open_at(self._step)
+
+    def reading_share(self) -> float:
+        """Returns the fraction of the loader's time in which files were read, since the last call.
+
+        It is close to 1 when the storage is slower than the run needs, and close to 0 when the
+        processors are.
+        """
+        reading, making = self._times
+        self._times = (0.0, 0.0)
+        return reading / (reading + making) if reading else 0.0
 
     @property
     def bad_images(self) -> set[str]:
@@ -168,6 +185,12 @@ class TrainBatches(Iterator[Batch]):
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
+
+    def _note_times(self, ahead: BatchesAhead | SyntheticBatches) -> None:
+        if isinstance(ahead, BatchesAhead):
+            reading, making = self._times
+            self._times = (reading + ahead.reading, making + ahead.making)
+            ahead.reading = ahead.making = 0.0
 
     def _note_damages(self, damages: Damages) -> None:
         for damage in damages:

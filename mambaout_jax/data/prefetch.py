@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator
 
 from mambaout_jax.data.buffers import Batch, BatchBuffers
-from mambaout_jax.data.chunks import Chunk, Damages, Filler, Maker
+from mambaout_jax.data.chunks import Chunk, Damages, Filled, Filler, Maker
 from mambaout_jax.data.parallel import Parallel
 from mambaout_jax.data.workers import WorkerLostError, WorkerPool
 from mambaout_jax.errors import UserError
@@ -27,7 +27,7 @@ class BatchesAhead(Iterator[tuple[Batch, Damages]]):
     """
 
     def __init__(self, maker: Maker, parallel: Parallel, first: int, stop: int | None = None):
-        """Starts threads or processes.
+        """Starts threads or processes, and making the first batches.
 
         Args:
           maker: of the batches.
@@ -43,10 +43,11 @@ class BatchesAhead(Iterator[tuple[Batch, Damages]]):
         self._buffers = BatchBuffers(maker.layout, self._ahead + _SPARE)
         self._pool = _open_pool(maker, self._buffers, parallel)
         self._pending: collections.deque[_Pending] = collections.deque()
+        self.reading = self.making = 0.0  # seconds of all threads, see `Filled`
         self.close = weakref.finalize(self, self._pool.close)
+        self._fill()
 
     def __next__(self) -> tuple[Batch, Damages]:
-        self._fill()
         if not self._pending:
             self.close()
             raise StopIteration
@@ -54,7 +55,10 @@ class BatchesAhead(Iterator[tuple[Batch, Damages]]):
         damages: Damages = []
         try:
             for future in futures:
-                damages += future.result()
+                filled = future.result()
+                damages += filled.damages
+                self.reading += filled.reading
+                self.making += filled.making
         except WorkerLostError as lost:
             self.close()
             raise cause_of_loss(lost, self._maker, self._buffers) from None
@@ -79,7 +83,7 @@ class BatchesAhead(Iterator[tuple[Batch, Damages]]):
             self._next += 1
 
 
-_Pending = tuple[int, list["concurrent.futures.Future[Damages]"]]
+_Pending = tuple[int, list["concurrent.futures.Future[Filled]"]]
 
 
 class ThreadPool:
@@ -89,7 +93,7 @@ class ThreadPool:
         self._fill = Filler(maker, buffers, cores)
         self._threads = concurrent.futures.ThreadPoolExecutor(threads, "loader")
 
-    def submit(self, chunk: Chunk) -> "concurrent.futures.Future[Damages]":
+    def submit(self, chunk: Chunk) -> "concurrent.futures.Future[Filled]":
         """Lets a thread fill a chunk."""
         return self._threads.submit(self._fill, chunk)
 

@@ -1,7 +1,7 @@
 """RandAugment, 3-Augment and timm's policy strings.
 
 Sources: Cubuk et al., "RandAugment" (arXiv 1909.13719); Touvron et al., "DeiT III" (arXiv
-2204.07118); the strings, levels and operation sets are those of timm.
+2204.07118). Strings, levels and sets of operations are those of timm.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ _WEIGHTS_3A = {
     "Equalize": 1.0,
     "Invert": 1.0,
 }
-_WEIGHTS_OLD = {  # the set "w0" of timm before 0.9, which never drew the last two
+_WEIGHTS_OLD = {  # the set "w0" of timm before 0.9, which never drew the last two operations
     "Rotate": 0.3,
     "ShearX": 0.2,
     "ShearY": 0.2,
@@ -84,8 +84,9 @@ class RandAugment:
     Attributes:
       operations: names of the operations.
       table: the operations by name.
-      weights: odds of each; None stands for even odds, drawn with replacement.
-      layers: operations drawn for an image.
+      weights: relative probability of each, drawn without replacement; None: all equal, drawn with
+        replacement.
+      layers: number of operations drawn for an image.
       probability: that a drawn operation is applied.
       magnitude: mean of the level.
       magnitude_std: standard deviation of the level; inf: uniform from 0 to `magnitude`.
@@ -104,7 +105,7 @@ class RandAugment:
     magnitude_max: float = 10.0
 
     def __call__(self, image: image_ops.AnyImage, rng: np.random.Generator) -> image_ops.AnyImage:
-        """Returns the augmented RGB image; every draw comes from `rng`."""
+        """Returns the augmented RGB image; `rng` is the source of every random number."""
         if self.weights is None:
             chosen = rng.integers(len(self.operations), size=self.layers)
         else:
@@ -129,15 +130,15 @@ class RandAugment:
 
 @dataclasses.dataclass(frozen=True)
 class ThreeAugment:
-    """3-Augment of DeiT III: greyscale, solarisation or Gaussian blur, one with even odds."""
+    """3-Augment of DeiT III: one of greyscale, solarisation and Gaussian blur, equally likely."""
 
     table: Mapping[str, image_ops.Operation]
 
     def __call__(self, image: image_ops.AnyImage, rng: np.random.Generator) -> image_ops.AnyImage:
-        """Returns the augmented RGB image; every draw comes from `rng`."""
+        """Returns the augmented RGB image; `rng` is the source of every random number."""
         name, level = (
-            ("Solarize", 5.0),  # from 128 on
-            ("Desaturate", 10.0),  # wholly
+            ("Solarize", 5.0),  # values of at least 128
+            ("Desaturate", 10.0),  # completely
             ("GaussianBlur", None),
         )[rng.integers(3)]
         if level is None:
@@ -163,12 +164,13 @@ def parse_policy(
     filters: Sequence[Image.Resampling],
     table: Mapping[str, image_ops.Operation] = image_ops.OPERATIONS,
 ) -> Policy:
-    """Reads a policy string of timm.
+    """Parses a policy string of timm.
 
-    "" is no policy and "3a" 3-Augment. RandAugment is "rand" and sections joined by "-", in any
-    order: m9 magnitude (10), n2 operations an image (2), p0.5 probability of each (0.5), mstd0.5
-    standard deviation of the magnitude (0; above 100: uniform from 0 to m), mmax10 its upper bound
-    (10), inc1 the increasing forms (inc0), tweights, t3a, t3aw or w0 another set of operations.
+    "" means no policy and "3a" means 3-Augment. RandAugment is "rand" followed by sections, joined
+    by "-", in any order; defaults in brackets: m9 magnitude (10), n2 operations per image (2), p0.5
+    probability of each (0.5), mstd0.5 standard deviation of the magnitude (0; above 100: uniform
+    from 0 to m), mmax10 upper bound of the magnitude (10), inc1 the increasing forms (inc0),
+    tweights, t3a, t3aw or w0 another set of operations.
 
     Args:
       text: the string.
@@ -187,14 +189,14 @@ def parse_policy(
         return ThreeAugment(table)
     head, *sections = text.split("-")
     if head != "rand":
-        raise UserError(f"augment.policy is {text!r}; it begins with 'rand', or is '3a' or empty.")
+        raise UserError(f"augment.policy is {text!r}: expected 'rand-…', '3a' or ''")
     values, operations_set = {}, ""
     for section in sections:
         match = _SECTION.fullmatch(section)
         if match is None:
             raise UserError(
-                f"augment.policy {text!r}: the section {section!r} is unknown; known are m9, n2, "
-                f"p0.5, mstd0.5, mmax10, inc1, tweights, t3a, t3aw and w0."
+                f"augment.policy {text!r}: unknown section {section!r} (expected sections such as "
+                f"m9, n2, p0.5, mstd0.5, mmax10, inc1, tweights, t3a, t3aw and w0)"
             )
         if match[3]:
             operations_set = match[3]
@@ -203,7 +205,9 @@ def parse_policy(
     operations, weights = _operations(operations_set, increasing=bool(values.get("inc", 0)))
     std, layers = values.get("mstd", 0.0), int(values.get("n", 2))
     if weights is not None and layers > len(operations):
-        raise UserError(f"augment.policy {text!r}: {layers} operations, of {len(operations)}.")
+        raise UserError(
+            f"augment.policy {text!r}: n{layers} is more than the {len(operations)} operations"
+        )
     return RandAugment(
         operations=operations,
         table=table,
@@ -218,7 +222,7 @@ def parse_policy(
 
 
 def _operations(name: str, increasing: bool) -> tuple[Sequence[str], Sequence[float] | None]:
-    """Returns the operations of a set and their odds."""
+    """Returns the operations of a set and their weights."""
     if name == "":
         return (_INCREASING if increasing else _PLAIN), None
     if name == "t3a":
@@ -229,6 +233,4 @@ def _operations(name: str, increasing: bool) -> tuple[Sequence[str], Sequence[fl
     if name in ("tweights", "t3aw"):
         weighted = _WEIGHTS if name == "tweights" else _WEIGHTS_3A
         return tuple(weighted), tuple(weighted.values())
-    raise UserError(
-        f"augment.policy: the set {name!r} is unknown; known are tweights, t3a, t3aw and w0."
-    )
+    raise UserError(f"augment.policy: unknown set {name!r} (expected tweights, t3a, t3aw or w0)")

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from mambaout_jax.data.buffers import BatchBuffers, SharedMemory
-from mambaout_jax.data.chunks import Chunk, Damages, Filler
+from mambaout_jax.data.chunks import Chunk, Filler
 from mambaout_jax.errors import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -44,14 +44,13 @@ def work(
     def fill_chunks() -> None:
         while True:
             chunk = chunks.get()
-            damages: Damages = []
-            error = None
+            filled = error = None
             try:
-                damages = fill(chunk)
+                filled = fill(chunk)
             except Exception as caught:
                 error = _portable(caught)
             with sending, contextlib.suppress(OSError):  # the parent is gone
-                pipe.send((chunk, damages, error))
+                pipe.send((chunk, filled, error))
 
     for _ in range(threads):
         threading.Thread(target=fill_chunks, daemon=True).start()

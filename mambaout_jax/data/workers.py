@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from multiprocessing import connection, process, resource_tracker, util
 
 from mambaout_jax.data.buffers import BatchBuffers, SharedMemory
-from mambaout_jax.data.chunks import Chunk, Damages, Maker
+from mambaout_jax.data.chunks import Chunk, Filled, Maker
 from mambaout_jax.data.worker_process import SIGNALS, work
 
 _PATIENCE = 5.0  # seconds in which an idle worker must end
@@ -95,9 +95,9 @@ class WorkerPool:
         self._thread = threading.Thread(target=self._receive, name="loader results", daemon=True)
         self._thread.start()
 
-    def submit(self, chunk: Chunk) -> "concurrent.futures.Future[Damages]":
+    def submit(self, chunk: Chunk) -> "concurrent.futures.Future[Filled]":
         """Lets a worker fill a chunk. The result fails with `WorkerLostError` if a worker dies."""
-        future: concurrent.futures.Future[Damages] = concurrent.futures.Future()
+        future: concurrent.futures.Future[Filled] = concurrent.futures.Future()
         with self._lock:
             self._waiting.append((chunk, future))
             self._assign()
@@ -149,13 +149,13 @@ class WorkerPool:
                     self._finish(key.data, *result)
 
     def _finish(
-        self, worker: _Worker, chunk: Chunk, damages: Damages, error: Exception | None
+        self, worker: _Worker, chunk: Chunk, filled: Filled | None, error: Exception | None
     ) -> None:
         with self._lock:
             future = worker.chunks.pop(chunk)
             self._assign()
-        if error is None:
-            future.set_result(damages)
+        if filled is not None:
+            future.set_result(filled)
         else:
             future.set_exception(error)
 

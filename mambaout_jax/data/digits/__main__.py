@@ -1,4 +1,4 @@
-"""Prepares the embedded data set anew: `python -m mambaout_jax.data.digits`.
+"""Prepares the dataset in this package again: `python -m mambaout_jax.data.digits`.
 
 Needs scikit-learn and importlib_resources; writes mambaout_jax/data/digits/<version>.
 """

@@ -1,4 +1,4 @@
-"""TFDS builder of the embedded data set: 1,797 scans of handwritten digits, 8x8 pixels."""
+"""TFDS builder of the dataset in this package: 1,797 scans of handwritten digits, 8x8 pixels."""
 
 import io
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ _HELD_OUT_PER_CLASS = 36
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Splits: `train` (1,437 pictures) and `validation` (360: the last 36 of each class)."""
+    """Splits: `train` (1,437 images) and `validation` (360: the last 36 of each class)."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "First release."}  # noqa: RUF012
@@ -48,14 +48,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        del dl_manager  # scikit-learn carries the scans
+        del dl_manager  # the scans are in scikit-learn
         return {
             "train": self._generate_examples(held_out=False),
             "validation": self._generate_examples(held_out=True),
         }
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[str, dict]]:
-        """Yields the pictures of one split, the held-out ones being the last 36 of each class."""
+        """Yields the images of one split; the held-out ones are the last 36 of each class."""
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -70,5 +70,5 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                 png = io.BytesIO()
                 pixels = np.round(scan * (255 / 16)).astype(np.uint8)
                 Image.fromarray(pixels).save(png, format="png")
-                png.seek(0)  # TFDS copies an encoded file as it is, and needs no TensorFlow
+                png.seek(0)  # TFDS copies an encoded file without TensorFlow
                 yield name, {"image": png, "label": int(label), "file_name": name}

@@ -1,1 +1,1 @@
-"""Pillow's pixels sooner: libjpeg-turbo called directly, and Pillow's arithmetic by Numba."""
+"""The same pixels as Pillow in less time: libjpeg-turbo, and Pillow's arithmetic in Numba."""

@@ -1,4 +1,4 @@
-"""The fast backend: Pillow's pixels by libjpeg-turbo and Numba."""
+"""The fast backend: the same pixels as Pillow, by libjpeg-turbo and Numba."""
 
 import numpy as np
 from PIL import Image
@@ -9,7 +9,7 @@ from mambaout_jax.data.image_ops import AnyImage
 
 
 class _LazyJpeg:
-    """A JPEG, and what a message calls it."""
+    """A JPEG that is not decoded yet, and its name for messages."""
 
     def __init__(self, file_bytes: bytes, name: str):
         self.jpeg = decode.Jpeg(file_bytes)
@@ -19,10 +19,10 @@ class _LazyJpeg:
 
 
 class _Packed:
-    """An image of packed pixels, as the compiled functions take it: uint32 [H, W], read-only."""
+    """An image of packed pixels, as the compiled functions expect it: uint32 [H, W], read-only."""
 
     def __init__(self, pixels: np.ndarray):
-        pixels.flags.writeable = False  # as those that are decoded, lest Numba compile for both
+        pixels.flags.writeable = False  # as decoded ones are: Numba compiles for each kind
         self.pixels = pixels
         self.height, self.width = pixels.shape
         self.size = self.width, self.height
@@ -35,11 +35,10 @@ class _Packed:
 
 
 class FastBackend:
-    """See `backends.Backend`. What it makes is an image of packed pixels, whatever it is given.
+    """See `backends.Backend`. Every function returns an image of packed pixels.
 
-    Crops are decoded by libjpeg-turbo 3, which Pillow uses too, with the accurate transform and
-    smooth upsampling. Where it is not installed, Pillow decodes the whole; so it does with any file
-    that is no flawless baseline JPEG.
+    libjpeg-turbo 3 decodes crops; Pillow uses it too, with the same settings. Where it is not
+    installed, and for all but flawless baseline JPEGs, Pillow decodes the whole image.
     """
 
     def __init__(self):
@@ -51,7 +50,7 @@ class FastBackend:
         """See `backends.Backend`."""
         try:
             return _LazyJpeg(file_bytes, name)
-        except ValueError:  # Pillow decodes it, or says what is wrong with it
+        except ValueError:  # Pillow decodes it, or reports what is wrong
             return decoding.decode(file_bytes, name)
 
     def resized_crop(self, image, box, size, filter_, mirrored=False) -> _Packed:

@@ -1,6 +1,6 @@
-"""Pillow's operations on colours again, compiled by Numba: the same pixels, sooner.
+"""Pillow's operations on colours in Numba, with the same pixels.
 
-Images are uint32 [H, W]: the bytes R, G, B and one that counts for nothing.
+Images are uint32 [H, W]: the bytes R, G, B and one without meaning.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ _PLACES = np.array([[0], [8], [16]], np.uint32)  # of the colours in a pixel, in
 
 @compiled
 def _grey(pixel: np.uint32) -> np.uint32:
-    """Returns what Pillow's conversion to "L" makes of a pixel."""
+    """Returns the grey value of a pixel, as Pillow's conversion to "L" computes it."""
     red = (pixel & np.uint32(255)) * np.uint32(19595)
     green = ((pixel >> np.uint32(8)) & np.uint32(255)) * np.uint32(38470)
     blue = ((pixel >> np.uint32(16)) & np.uint32(255)) * np.uint32(7471)
@@ -21,14 +21,14 @@ def _grey(pixel: np.uint32) -> np.uint32:
 
 @compiled
 def _blend(degenerate: np.int32, value: np.int32, factor: np.float32) -> np.uint32:
-    """Returns what `PIL.Image.blend` makes of two values."""
+    """Returns the blend of two values, as `PIL.Image.blend` computes it."""
     blended = np.float32(degenerate) + factor * np.float32(np.int32(value - degenerate))
     return np.uint32(np.int32(min(max(blended, np.float32(0)), np.float32(255))))
 
 
 @compiled
 def _lookup(pixels: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Replaces each value of uint32 [n] by what tables, uint32 [3, 256], hold in its place."""
+    """Replaces each value v of colour c in uint32 [n] by tables[c, v], uint32 [3, 256]."""
     result = np.empty_like(pixels)
     red, green, blue = tables
     for i in range(len(pixels)):
@@ -54,7 +54,7 @@ def _histogram(pixels: np.ndarray) -> np.ndarray:
 
 @compiled
 def _stretching(histogram: np.ndarray) -> np.ndarray:
-    """Returns the tables that map each colour's least value to 0 and its greatest to 255."""
+    """Returns the tables that map the lowest value of each colour to 0 and the highest to 255."""
     tables = np.empty((3, 256), np.uint32)
     for color in range(3):
         values = np.flatnonzero(histogram[color])
@@ -68,7 +68,7 @@ def _stretching(histogram: np.ndarray) -> np.ndarray:
 
 @compiled
 def _equalizing(histogram: np.ndarray) -> np.ndarray:
-    """Returns the tables after which each colour's values are about equally frequent."""
+    """Returns the tables that make the values of each colour about equally frequent."""
     tables = np.empty((3, 256), np.uint32)
     for color in range(3):
         counts = histogram[color]
@@ -113,7 +113,7 @@ def _sharpness(pixels: np.ndarray, factor: np.float32) -> np.ndarray:
             ones += np.int32(here[i - 4]) + np.int32(here[i + 4])
             ones += np.int32(below[i - 4]) + np.int32(below[i]) + np.int32(below[i + 4])
             total = np.int32(ones + np.int32(5) * np.int32(here[i]))
-            # thirteenths, rounded: never half-way, so that Pillow's float32 rounds likewise
+            # rounded thirteenths: never half-way, so Pillow's float32 rounds the same
             smooth = np.int32(np.int32(2) * total + np.int32(13)) // np.int32(26)
             result[row, i] = _blend(smooth, np.int32(here[i]), factor)
     return result.view(np.uint32)

@@ -6,8 +6,8 @@ import numba
 
 
 def compiled(function: Callable) -> Callable:
-    """Compiles with Numba, and keeps the result for the next start where there is a place to."""
+    """Compiles with Numba, and keeps the result for the next start if a folder can be written."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither this folder nor the user's own can be written to
+    except RuntimeError:  # neither this folder nor the user's cache can be written
         return numba.njit(nogil=True)(function)

@@ -1,7 +1,7 @@
-"""Pillow's resize again, compiled by Numba: the same pixels, sooner.
+"""Pillow's resize in Numba, with the same pixels.
 
-Images are uint32 [H, W]: the bytes R, G, B and one that counts for nothing. Each function follows
-the arithmetic of Pillow's 8-bit code, whose sums are integers, so that the pixels are equal.
+Images are uint32 [H, W]: the bytes R, G, B and one without meaning. Each function follows the
+arithmetic of Pillow's 8-bit code. Its sums are integers, so the pixels are equal.
 """
 
 import math
@@ -12,8 +12,8 @@ from PIL import Image
 
 from mambaout_jax.data.fast.compiling import compiled
 
-_BITS = 22  # of the fraction of a weight: 32 less 8 of the pixel and 2 to spare
-_COLUMNS_FIRST = int(PIL.__version__.partition(".")[0]) >= 13  # where that is less work
+_BITS = 22  # of a weight's fraction: 32, less 8 of the pixel and 2 spare
+_COLUMNS_FIRST = int(PIL.__version__.partition(".")[0]) >= 13  # if that is less work
 _TILE = 8
 
 
@@ -60,7 +60,7 @@ def _weights(source: int, target: int, bicubic: bool) -> tuple[np.ndarray, np.nd
 
 @compiled
 def _blend_rows(pixels: np.ndarray, target: int, bicubic: bool, mirrored: bool) -> np.ndarray:
-    """Resizes the first axis of uint32 [rows, n] to `target`, and may turn it round."""
+    """Resizes the first axis of uint32 [rows, n] to `target`, in reverse order if mirrored."""
     rows = len(pixels)
     first, fixed = _weights(rows, target, bicubic)
     source = pixels.view(np.uint8)
@@ -72,7 +72,7 @@ def _blend_rows(pixels: np.ndarray, target: int, bicubic: bool, mirrored: bool) 
             total[i] = np.int32(1 << (_BITS - 1))
         for tap in range(fixed.shape[1]):
             weight = fixed[out, tap]
-            if weight == 0:  # also wherever a tap lies outside
+            if weight == 0:  # also where a tap is outside
                 continue
             row = source[first[out] + tap]
             for i in range(length):
@@ -85,7 +85,7 @@ def _blend_rows(pixels: np.ndarray, target: int, bicubic: bool, mirrored: bool) 
 
 @compiled
 def _transpose(pixels: np.ndarray) -> np.ndarray:
-    """Swaps the axes of uint32 [a, b], some rows at a time for the cache's sake."""
+    """Swaps the axes of uint32 [a, b], a few rows at a time, which suits the cache."""
     a, b = pixels.shape
     result = np.empty((b, a), np.uint32)
     whole = a - a % _TILE
@@ -149,7 +149,7 @@ def resize(
       box: (left, top, right, bottom) of the part to resize.
       size: (width, height) of the result.
       filter_: bilinear or bicubic.
-      mirrored: whether the result's left and right change places.
+      mirrored: whether left and right are swapped in the result.
 
     Returns:
       uint32 [height, width].

@@ -1,4 +1,4 @@
-"""libjpeg-turbo 3, called directly: it decodes a part of a JPEG, to Pillow's pixels.
+"""libjpeg-turbo 3, called directly: it decodes a part of a JPEG to the same pixels as Pillow.
 
 The library is that of the package `turbojpeg`, whose Python functions decode whole images only, or
 else the system's. Source: the TurboJPEG API, turbojpeg.h.
@@ -91,7 +91,7 @@ def decode(file: bytearray, box: tuple[int, int, int, int]) -> tuple[np.ndarray,
     turbo: Any = library()
     if turbo is None:
         raise ValueError("libjpeg-turbo 3 is not installed")
-    # A handle that is used again would lend its tables to a file that has none.
+    # A handle that is used again would use its old tables for a file that has none.
     handle = turbo.tj3Init(_DECOMPRESS)
     try:
         return _decode(turbo, handle, file, box)

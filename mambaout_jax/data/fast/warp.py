@@ -1,8 +1,8 @@
-"""Pillow's affine transform again, compiled by Numba: the same pixels, sooner.
+"""Pillow's affine transform in Numba, with the same pixels.
 
-Images are uint32 [H, W]: the bytes R, G, B and one that counts for nothing. Each function follows
-the arithmetic of Pillow's 8-bit code in the same order and precision, so that the pixels are equal.
-A row is handled as a whole, so that the compiler may use vectors.
+Images are uint32 [H, W]: the bytes R, G, B and one without meaning. Each function follows the
+arithmetic of Pillow's 8-bit code in the same order and precision, so the pixels are equal. Loops go
+over a whole row, so the compiler can vectorize them.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from mambaout_jax.data.fast.compiling import compiled
 def _blend(
     values: np.ndarray, x: np.ndarray, moves: bool, bicubic: bool, result: np.ndarray
 ) -> None:
-    """Interpolates between rows 1 and 2 of [4, n], by `x` from the first."""
+    """Interpolates between rows 1 and 2 of [4, n], at the distance `x` from row 1."""
     if not moves:
         for i in range(len(x)):
             result[i] = values[1, i]
@@ -35,7 +35,7 @@ def _blend(
 def _blend_integers(
     values: np.ndarray, x: np.ndarray, moves: bool, bicubic: bool, result: np.ndarray
 ) -> None:
-    """Does what `_blend` does, to int32 [4, n]: in integers as far as they go, which is exact."""
+    """Computes `_blend` of int32 [4, n], with integers where the result is exact."""
     if not (moves and bicubic):
         _blend(values, x, moves, bicubic, result)
         return
@@ -63,7 +63,7 @@ def _is_inside(m: tuple, row: int, column: int, shape: tuple[int, int]) -> bool:
 
 @compiled
 def _inside(m: tuple, row: int, shape: tuple[int, int]) -> tuple[int, int]:
-    """Returns the columns, from and to, that a row takes from inside: they follow each other."""
+    """Returns the range of columns of a row whose pixels come from inside the image."""
     start, stop = 0, shape[1]
     while start < stop and not _is_inside(m, row, start, shape):
         start += 1
@@ -74,7 +74,7 @@ def _inside(m: tuple, row: int, shape: tuple[int, int]) -> tuple[int, int]:
 
 @compiled
 def _taps(moves: bool, bicubic: bool) -> tuple[int, int]:
-    """Returns which of the four neighbours count."""
+    """Returns the range of the four neighbours that have a weight."""
     if not moves:
         return 1, 2
     return (0, 4) if bicubic else (1, 3)
@@ -82,7 +82,7 @@ def _taps(moves: bool, bicubic: bool) -> tuple[int, int]:
 
 @compiled
 def _within(place: np.int32, step: int, size: int) -> np.int32:
-    """Returns place + step, or the nearest place inside."""
+    """Returns place + step, clipped to the image."""
     moved = np.int32(place + np.int32(step))
     return np.int32(min(max(moved, np.int32(0)), np.int32(size - 1)))
 
@@ -145,7 +145,7 @@ def affine(
       pixels: uint32 [H, W].
       coefficients: (a, b, c, d, e, f): pixel (x, y) is taken from (ax + by + c, dx + ey + f).
       filter_: bilinear or bicubic.
-      fill: colour of what comes from outside.
+      fill: colour of pixels from outside.
 
     Returns:
       uint32 [H, W].
