@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
@@ -104,7 +105,10 @@ def mixup_cutmix(
     if groups:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(groups))
     draws = jax.vmap(functools.partial(draw_mixing, mixing=mixing, size=(height, width)))(keys)
-    # Every device makes all draws: no image's draw lies on another device.
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Every device makes all draws: shared out, they would exchange a number in each iteration
+        # of the rejection sampling.
+        draws = jax.lax.with_sharding_constraint(draws, PartitionSpec())
     draw = jax.tree.map(lambda leaf: jnp.repeat(leaf, count // len(keys), axis=0), draws)
     apply = draw.apply & jnp.asarray(enabled)
     lam = jnp.where(apply, draw.lam, 1.0)
