@@ -44,9 +44,8 @@ def batch_of(size, seed=0):
 
 
 def optimizer_of(rate=1e-3, **options):
-    config = default.get_config()
-    config.optimizer.update(options)
-    return make_optimizer(config, optax.constant_schedule(rate))
+    defaults = {"weight_decay": default.get_config().optimizer.weight_decay}
+    return make_optimizer(optax.constant_schedule(rate), **(defaults | options))
 
 
 def equal(a, b, **tolerance):
