@@ -48,7 +48,7 @@ def ours(model: str, batch: int, mode: str, depthwise: str) -> tuple[Callable[[]
     network = mambaout_jax.create_model(
         model, dtype=jnp.bfloat16, depthwise=depthwise, drop_path_rate=_DROP_PATH[model]
     )
-    shapes = jax.eval_shape(functools.partial(init_params, model=network, image_size=_SIZE), key)
+    shapes = jax.eval_shape(functools.partial(init_params, model=network, size=(_SIZE, _SIZE)), key)
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.02 * random.standard_normal(leaf.shape, np.float32)), shapes

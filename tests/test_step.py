@@ -242,7 +242,7 @@ def test_tpu_kernels_run_on_each_devices_part_of_the_batch():
 def test_every_parameter_has_a_rule_and_an_unknown_one_none():
     for name in ("mambaout_femto", "mambaout_base_plus_rw"):
         model = mambaout_jax.create_model(name)
-        params = jax.eval_shape(functools.partial(init_params, model=model, image_size=32),
+        params = jax.eval_shape(functools.partial(init_params, model=model, size=(32, 32)),
                                 jax.random.key(0))  # fmt: skip
         state_shardings(params, make_mesh(2))
     with pytest.raises(ValueError, match="no sharding rule matches"):
