@@ -20,7 +20,7 @@ def tanh_gelu() -> None:
         gelu = functools.partial(jax.nn.gelu, approximate=True)
         return jax.jvp(gelu, (x,), (jax.numpy.ones_like(x),))
 
-    activations._WITH_DERIVATIVE["gelu"] = approximate
+    activations._ACTIVATIONS["gelu"] = approximate
 
 
 def same_padding() -> None:

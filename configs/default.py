@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.model.drop_path_rate = 0.2  # probability at the last block; rises linearly from 0
     config.model.head_dropout_rate = 0.0  # probability
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
+    config.model.gradient_dtype = "float32"  # in which gradients are summed over devices
     config.model.remat = False  # recompute each block in the backward pass, to save memory
 
     config.model.depthwise = "auto"  # implementation of the depthwise convolutions; "xla": plain

@@ -47,6 +47,7 @@ def build_model(config: ConfigDict) -> MambaOut:
         drop_path_rate=config.model.drop_path_rate,
         head_dropout_rate=config.model.head_dropout_rate,
         dtype=jnp.dtype(config.model.dtype),
+        gradient_dtype=jnp.dtype(config.model.gradient_dtype),
         remat=config.model.remat,
         depthwise=config.model.depthwise,
     )

@@ -33,6 +33,7 @@ FREE_KEYS = (
     "max_bad_steps",
     "mesh",
     "model.depthwise",
+    "model.gradient_dtype",
     "model.remat",
     "profile",
     "skip_bad_batches",
@@ -114,6 +115,7 @@ INTERVALS: dict[str, Range] = {
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
+    "model.gradient_dtype": ("float32", "bfloat16"),
     "data.source": ("tfds", "folder", "synthetic"),
     "data.backend": ("auto", "pillow", "fast"),
     "augment.interpolation": ("random", "bilinear", "bicubic"),

@@ -1,6 +1,10 @@
-"""The network's layers. Parameters are float32; `dtype` is the type of the computation."""
+"""The network's layers.
 
-from collections.abc import Sequence
+Parameters are float32, `dtype` is the type of the computation, and `gradient_dtype` the type in
+which the parameters' gradients are summed over devices. Norms sum theirs in float32.
+"""
+
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +16,8 @@ from mambaout_jax.ops import (
     depthwise_conv2d,
     layer_norm,
     merge_dense,
-    on_mesh_of,
     split_dense,
+    weighted,
 )
 
 # torch's trunc_normal_(std=0.02) cuts at +-2; JAX takes the cut in standard deviations.
@@ -37,18 +41,27 @@ class LayerNorm(nn.Module):
         return (shortcut, y) if with_shortcut else y
 
 
-def _promote(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, dtype: Any) -> list[jax.Array]:
-    return nn.dtypes.promote_dtype(x, on_mesh_of(x, kernel), bias, dtype=dtype)
-
-
-class Conv3x3Stride2(nn.Conv):
+class Conv3x3Stride2(nn.Module):
     """3x3 convolution of stride 2 that pads one pixel on each side, which "SAME" does not."""
 
-    kernel_size: int | Sequence[int] = (3, 3)
-    strides: int | Sequence[int] | None = (2, 2)
+    features: int
     padding: Any = ((1, 1), (1, 1))
-    kernel_init: Any = kernel_init
-    promote_dtype: Any = _promote
+    dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, H, W, C] to [N, ceil(H / 2), ceil(W / 2), features]."""
+        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        convolve = functools.partial(_convolve, padding=self.padding)
+        return weighted(convolve, self.gradient_dtype, x.astype(self.dtype), kernel, bias)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: Any) -> jax.Array:
+    layout = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(x, kernel, (2, 2), padding, dimension_numbers=layout)
+    return y + bias.reshape(1, 1, 1, -1)
 
 
 class Dense(nn.Module):
@@ -56,11 +69,13 @@ class Dense(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., C] to [..., features]."""
-        return dense(x.astype(self.dtype), *_weights(self, x.shape[-1], self.features))
+        weights = _weights(self, x.shape[-1], self.features)
+        return dense(x.astype(self.dtype), *weights, self.gradient_dtype)
 
 
 class SplitDense(nn.Module):
@@ -69,12 +84,13 @@ class SplitDense(nn.Module):
     hidden: int
     conv: int
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[..., C] to gate [..., hidden], identity [..., hidden - conv] and conv [..., conv]."""
         weights = _weights(self, x.shape[-1], 2 * self.hidden)
-        return split_dense(x.astype(self.dtype), *weights, self.conv)
+        return split_dense(x.astype(self.dtype), *weights, self.conv, self.gradient_dtype)
 
 
 class MergeDense(nn.Module):
@@ -84,12 +100,13 @@ class MergeDense(nn.Module):
     hidden: int
     conv: int
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., hidden] to [..., features]."""
         weights = _weights(self, self.hidden, self.features)
-        return merge_dense(x.astype(self.dtype), *weights, self.conv)
+        return merge_dense(x.astype(self.dtype), *weights, self.conv, self.gradient_dtype)
 
 
 def _weights(module: nn.Module, inputs: int, features: int) -> tuple[jax.Array, jax.Array]:
@@ -103,6 +120,7 @@ class DepthwiseConv(nn.Module):
     kernel_size: int = 7
     implementation: str = "auto"
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -112,4 +130,8 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
         y = depthwise_conv2d(x.astype(self.dtype), kernel, implementation=self.implementation)
-        return y + bias.astype(self.dtype).reshape(1, 1, 1, channels)
+        return weighted(_add, self.gradient_dtype, y, bias)
+
+
+def _add(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + bias.reshape(1, 1, 1, -1)

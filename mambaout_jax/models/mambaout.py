@@ -2,7 +2,8 @@
 
 The network, bottom-up: stem and downsampling, the Gated CNN block, stages, head. Images and feature
 maps are NHWC. Parameters are float32 and `dtype` is the type of the computation, except for norm
-statistics and logits, which are always computed in float32.
+statistics and logits, which are always computed in float32. `gradient_dtype` is the type in which
+the parameters' gradients are summed over devices.
 
 Variants whose name ends in `_rw` are of timm's later series. They have no norm after the stem's
 first convolution, the norm before the convolution in downsampling, layer scale, and no second norm
@@ -27,7 +28,11 @@ from mambaout_jax.models.layers import (
     SplitDense,
 )
 from mambaout_jax.models.variants import find_variant
-from mambaout_jax.ops import activate, gate_product
+from mambaout_jax.ops import activate, gate_product, weighted
+
+
+def _types(module: nn.Module) -> dict[str, Any]:
+    return {"dtype": module.dtype, "gradient_dtype": module.gradient_dtype}
 
 
 class Stem(nn.Module):
@@ -37,14 +42,15 @@ class Stem(nn.Module):
     act: str = "gelu"
     first_norm: bool = True
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, 3] to [N, ceil(H / 4), ceil(W / 4), width]."""
-        x = Conv3x3Stride2(self.width // 2, dtype=self.dtype, name="conv1")(x)
+        x = Conv3x3Stride2(self.width // 2, **_types(self), name="conv1")(x)
         if self.first_norm:
             x = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        x = Conv3x3Stride2(self.width, dtype=self.dtype, name="conv2")(activate(self.act, x))
+        x = Conv3x3Stride2(self.width, **_types(self), name="conv2")(activate(self.act, x))
         return LayerNorm(dtype=self.dtype, name="norm2")(x)
 
 
@@ -54,11 +60,12 @@ class Downsample(nn.Module):
     width: int
     norm_first: bool = False
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, C] to [N, ceil(H / 2), ceil(W / 2), width]."""
-        conv = Conv3x3Stride2(self.width, dtype=self.dtype, name="conv")
+        conv = Conv3x3Stride2(self.width, **_types(self), name="conv")
         norm = LayerNorm(dtype=self.dtype, name="norm")
         return conv(norm(x)) if self.norm_first else norm(conv(x))
 
@@ -76,6 +83,7 @@ class GatedCNNBlock(nn.Module):
     drop_path_rate: float = 0.0
     depthwise: str = "auto"
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -83,17 +91,21 @@ class GatedCNNBlock(nn.Module):
         width = x.shape[-1]
         hidden, conv = int(self.expansion_ratio * width), int(self.conv_ratio * width)
         shortcut, x = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
-        g, i, c = SplitDense(hidden, conv, dtype=self.dtype, name="fc1")(x)
-        c = DepthwiseConv(implementation=self.depthwise, dtype=self.dtype, name="conv")(c)
+        g, i, c = SplitDense(hidden, conv, **_types(self), name="fc1")(x)
+        c = DepthwiseConv(implementation=self.depthwise, **_types(self), name="conv")(c)
         x = gate_product(self.act, g, i, c)  # act(g) * concatenate(i, c)
-        x = MergeDense(width, hidden, conv, dtype=self.dtype, name="fc2")(x)
+        x = MergeDense(width, hidden, conv, **_types(self), name="fc2")(x)
         if self.layer_scale is not None:
             init = nn.initializers.constant(self.layer_scale)
             scale = self.param("layer_scale", init, (width,))
-            x *= scale.astype(self.dtype).reshape(1, 1, 1, width)
+            x = weighted(_scale, self.gradient_dtype, x, scale)
         # Drop path is dropout of whole examples.
         x = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2, 3))(x, deterministic=not train)
         return shortcut + x
+
+
+def _scale(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * scale.reshape(1, 1, 1, -1)
 
 
 class Stage(nn.Module):
@@ -122,12 +134,13 @@ class Head(nn.Module):
     dropout_rate: float = 0.0
     second_norm: bool = True
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """[N, H, W, C] to float32 logits [N, num_classes]."""
         x = LayerNorm(dtype=self.dtype, name="norm1")(_global_mean(x))
-        x = activate("gelu", Dense(4 * x.shape[-1], dtype=self.dtype, name="fc1")(x))
+        x = activate("gelu", Dense(4 * x.shape[-1], **_types(self), name="fc1")(x))
         if self.second_norm:
             x = LayerNorm(dtype=self.dtype, name="norm2")(x)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
@@ -162,10 +175,11 @@ class MambaOut(nn.Module):
     remat: bool = False
     depthwise: str = "auto"
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
 
     def setup(self) -> None:
         """Builds the parts; the drop path rate rises linearly over the blocks of all stages."""
-        self.stem = Stem(self.widths[0], self.act, first_norm=not self.rw, dtype=self.dtype)
+        self.stem = Stem(self.widths[0], self.act, first_norm=not self.rw, **_types(self))
         block_class = nn.remat(GatedCNNBlock, static_argnums=(2,)) if self.remat else GatedCNNBlock
         last_block = max(sum(self.depths) - 1, 1)
         stages = []
@@ -179,16 +193,16 @@ class MambaOut(nn.Module):
                     layer_scale=1e-5 if self.rw else None,
                     drop_path_rate=self.drop_path_rate * (first_block + j) / last_block,
                     depthwise=self.depthwise,
-                    dtype=self.dtype,
+                    **_types(self),
                 )
                 for j in range(depth)
             ]
-            downsample = Downsample(width, self.rw, self.dtype) if index else None
+            downsample = Downsample(width, self.rw, **_types(self)) if index else None
             stages.append(Stage(downsample, blocks))
         self.stages = stages
         if self.num_classes:
             self.head = Head(
-                self.num_classes, self.head_dropout_rate, second_norm=not self.rw, dtype=self.dtype
+                self.num_classes, self.head_dropout_rate, second_norm=not self.rw, **_types(self)
             )
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:

@@ -4,7 +4,7 @@ from mambaout_jax.ops.activations import activate, gate_product
 from mambaout_jax.ops.dense import dense, merge_dense, split_dense
 from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
 from mambaout_jax.ops.norm import layer_norm
-from mambaout_jax.ops.sharded import on_mesh_of
+from mambaout_jax.ops.weighted import weighted
 
 __all__ = [
     "activate",
@@ -13,6 +13,6 @@ __all__ = [
     "gate_product",
     "layer_norm",
     "merge_dense",
-    "on_mesh_of",
     "split_dense",
+    "weighted",
 ]

@@ -6,25 +6,30 @@ the 341 or 1365 hidden channels of mambaout_base are not. So `split_dense` pads 
 channels with zeros, in the gate and in the value, and `merge_dense` ignores them. The kernels keep
 the shapes that they have without padding.
 
-Kernels and biases are rounded to x's dtype.
+Kernels and biases are rounded to x's dtype; `ops.weighted` says what `gradient_dtype` is.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mambaout_jax.ops.sharded import on_mesh_of
+from mambaout_jax.ops.weighted import weighted
 
 _MULTIPLE = 8  # channels of 2 bytes
 
 
-def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, gradient_dtype: Any) -> jax.Array:
     """Returns x @ kernel + bias, [..., O], for x [..., I], kernel [I, O] and bias [O]."""
-    y = x @ on_mesh_of(x, kernel).astype(x.dtype)
-    return y + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return weighted(_affine, gradient_dtype, x, kernel, bias)
+
+
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def split_dense(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, conv: int
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, conv: int, gradient_dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns `dense`, split into the gate, the identity's channels and the convolution's.
 
@@ -33,6 +38,7 @@ def split_dense(
         kernel: [I, 2 H].
         bias: [2 H].
         conv: the convolution's channels, at most H.
+        gradient_dtype: as in `dense`.
 
     Returns:
         The gate [..., H + P], the identity's channels [..., H - conv + P] and the convolution's
@@ -45,17 +51,20 @@ def split_dense(
             kernel = _insert_zeros(kernel, place, padding, axis=1)
             bias = _insert_zeros(bias, place, padding, axis=0)
     places = (hidden + padding, 2 * (hidden + padding) - conv)
-    gate, identity, convolved = jnp.split(dense(x, kernel, bias), places, axis=-1)
+    y = dense(x, kernel, bias, gradient_dtype)
+    gate, identity, convolved = jnp.split(y, places, axis=-1)
     return gate, identity, convolved
 
 
-def merge_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, conv: int) -> jax.Array:
+def merge_dense(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, conv: int, gradient_dtype: Any
+) -> jax.Array:
     """Returns `dense` of x [..., H + P] as `split_dense` pads it, for a kernel [H, O]: [..., O]."""
     hidden = kernel.shape[0]
     padding = x.shape[-1] - hidden
     if padding:
         kernel = _insert_zeros(kernel, hidden - conv, padding, axis=0)
-    return dense(x, kernel, bias)
+    return dense(x, kernel, bias, gradient_dtype)
 
 
 def _insert_zeros(array: jax.Array, place: int, width: int, axis: int) -> jax.Array:
