@@ -1,4 +1,4 @@
-"""A server on loopback that speaks the Hugging Face hub's protocol for files."""
+"""A local server with the Hugging Face hub's protocol for files."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""The public names, what they take, and what importing them costs."""
+"""The public names: what they take and return, and that importing them is fast."""
 
 import io
 import os
@@ -44,10 +44,10 @@ def test_every_public_name_is_listed_and_there():
 
 
 def test_setup_takes_the_version_of_the_package(monkeypatch):
-    told = {}
-    monkeypatch.setattr("setuptools.setup", lambda **options: told.update(options))
+    passed = {}
+    monkeypatch.setattr("setuptools.setup", lambda **options: passed.update(options))
     runpy.run_path("setup.py")
-    assert told["version"] == mambaout_jax.__version__
+    assert passed["version"] == mambaout_jax.__version__
 
 
 def test_a_model_and_its_weights(weights):

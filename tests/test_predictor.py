@@ -142,9 +142,9 @@ def test_large_images_are_classified_silently_and_too_large_ones_are_refused(
     files = [tmp_path / "large.png", tmp_path / "too_large.png"]
     for file, size in zip(files, [(30, 40), (50, 50)], strict=True):
         small_weights.image(0, size).save(file)
-    with warnings.catch_warnings(record=True, action="default") as told:
+    with warnings.catch_warnings(record=True, action="default") as caught:
         assert main(["predict", "--weights", str(weights), *map(str, files)]) == 1
-    assert not [warning for warning in told if "Image size" in str(warning.message)]
+    assert not [warning for warning in caught if "Image size" in str(warning.message)]
     error = capsys.readouterr().err
     assert error.startswith(f"error: {files[1]} cannot be decoded (Image size (2500 pixels)")
     assert error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What fine-tuning starts from, and the layers that its learning rates fall along."""
+"""The initial parameters of fine-tuning, and its learning rates by layer."""
 
 import golden
 import jax

@@ -63,7 +63,7 @@ def test_round_trip(tmp_path):
 
 def test_the_steps_of_a_run_are_weights_too(tmp_path):
     unmeasured = dataclasses.replace(INFO, metrics={})
-    optimizer = {"count": np.int32(3)}
+    optimizer = {"count": np.array(3, np.int32)}
     for step, seed in ((1, 10), (2, 20)):
         save_step(tmp_path, step, unmeasured, params=small_params(seed), optimizer=optimizer)
     assert_equal(load_weights(tmp_path)[0], small_params(20))
@@ -83,7 +83,10 @@ def test_sharded_steps_and_averages_come_back_whole(tmp_path):
     put = {"params": small_params(0), "ema_params": averages}
     put = jax.tree.map(lambda x: jax.device_put(x, split) if x.shape[0] % 8 == 0 else x, put)
     save_step(tmp_path, 7, dataclasses.replace(INFO, averaged=True), **put)
-    assert_equal(load_weights(tmp_path)[0], averages)
+    params, info = load_weights(tmp_path)
+    assert_equal(params, averages)
+    save_weights(tmp_path / "w", params, info)
+    assert_equal(load_weights(tmp_path / "w")[0], averages)
 
 
 def test_an_existing_output_is_refused_and_kept(tmp_path):

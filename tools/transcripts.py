@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(?<=<!-- transcript -->\n)(```\w*\n)(.*?)(```)", re.DOTALL)
-COMMAND = re.compile(r"^\$ (.*(?:\\\n.*)*)$", re.MULTILINE)
+COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
 LINKS = ("main.py", "configs", "tools", "examples", "demo")
 QUICKSTART = "python main.py --config=configs/quickstart.py --workdir=runs/quickstart"
 

@@ -53,7 +53,7 @@ def save_weights(
     directory = absolute(directory)
     check_absent(directory)
     check_space(directory, jax.tree.leaves(params))
-    info = dataclasses.replace(info, digest=digest(params), fingerprints={})
+    info = dataclasses.replace(info, averaged=False, digest=digest(params), fingerprints={})
     items = ocp.args.Composite(
         params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(info.to_json())
     )
