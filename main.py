@@ -78,6 +78,9 @@ def main(argv: list[str]) -> None:
             processes.leave(RESUME, error)
         except Exception as error:
             processes.leave_after(error)
+            if isinstance(error, UserError):
+                # Not as Python ends: threads of a failed save would log their errors after this.
+                processes.leave(processes.FAILED, error)
             raise
 
 

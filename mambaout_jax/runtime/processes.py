@@ -103,16 +103,13 @@ def leave(code: int, error: Exception | None = None) -> NoReturn:
 
 
 def leave_after(error: Exception) -> None:
-    """Ends this process of several, saying why; one that runs alone only after a UserError.
+    """Ends this process of several, saying why; one that runs alone continues.
 
     It does not wait for the others, as Python's own end would: they may never come. The first
     process, with which all are connected, goes last: its end would end the others before they have
     said why they go.
     """
     if jax.process_count() == 1:
-        if isinstance(error, UserError):
-            # Not as Python ends: the threads of a failed save would log their errors after this.
-            leave(FAILED, error)
         return
     if jax.process_index() == 0:
         time.sleep(3)
