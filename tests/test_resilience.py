@@ -133,10 +133,15 @@ def test_a_checkpoint_of_another_model_is_refused(stopped):
 
 # A loop that Orbax has left hears of the failed writes too late.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_save_that_cannot_be_written_leaves_the_last_checkpoint(finished, stopped):
-    """Files may grow to 500 kB: the buffers of a batch are smaller, the arrays larger."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+def test_a_save_that_cannot_be_written_leaves_the_last_checkpoint(finished, stopped, monkeypatch):
+    """Once a save begins, files may grow to 100 kB: the arrays' are larger."""
+    limits, save = resource.getrlimit(resource.RLIMIT_FSIZE), checkpoint.save
+
+    def limited(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", limited)
     try:
         with pytest.raises(
             UserError, match=r"cannot save .*: File too large; checkpoint 8 is good"
@@ -144,6 +149,7 @@ def test_a_save_that_cannot_be_written_leaves_the_last_checkpoint(finished, stop
             train(small_config(), stopped)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
     train(small_config(), stopped)
     assert_same_end(stopped, finished)
 
