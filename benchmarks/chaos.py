@@ -39,10 +39,10 @@ def wait_for_moment(run: Run, moment: str, random_: random.Random) -> None:
     """Waits for a random instance of a moment."""
     step = random_.randrange(1, STEPS)
     if moment == "start-up":
-        run.wait_for((run.workdir / "config.json").exists, random_.random() * 20)
+        run.wait_for((run.workdir / "config.json").exists, random_.random() * 6)
     elif moment == "compile":
         run.wait_for((run.workdir / "config.json").exists)
-        run.wait_for(run.loops, random_.random() * 20)
+        run.wait_for(run.loops, random_.random() * 10)
     elif moment == "step":
         run.wait_for(lambda: run.last_step() >= step)
         time.sleep(random_.random() * 0.1)
@@ -52,7 +52,7 @@ def wait_for_moment(run: Run, moment: str, random_: random.Random) -> None:
     else:
         step = EPOCH * random_.randrange(1, STEPS // EPOCH + 1)
         run.wait_for(lambda: run.last_step() >= step)
-        run.wait_for(lambda: run.evaluated(step), random_.random() * 10)
+        run.wait_for(lambda: run.evaluated(step), random_.random() * 4)
 
 
 def disturb(run: Run, fault: Fault, moment: str, random_: random.Random, library: Path) -> dict:
