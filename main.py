@@ -9,7 +9,25 @@ process of it was lost, and the same command resumes it; 130 a second Ctrl-C end
 """
 
 import logging
+import os
+import signal
 import sys
+from types import FrameType
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """Ends the process on a signal: there is nothing to save yet."""
+    name = signal.Signals(number).name
+    print(f"stopped by {name}: the same command starts or resumes the run", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(os.EX_TEMPFAIL)
+
+
+if __name__ == "__main__":
+    # Until `StopRequest` notices signals: the imports below take seconds.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, stop_at_once)
 
 import jax
 from absl import app, flags

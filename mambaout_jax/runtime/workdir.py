@@ -19,6 +19,7 @@ from mambaout_jax.errors import AccessError, StorageError, UserError
 from mambaout_jax.files import write_json
 from mambaout_jax.runtime.lease import Lease, take_lease
 from mambaout_jax.runtime.processes import FAILED, all_or_none, end
+from mambaout_jax.runtime.storage import reading
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,9 @@ def read_record(workdir: epath.Path) -> dict[str, Any]:
     """
     path = workdir / RECORD
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(reading(path.read_text, os.fspath(path)))
+    except (StorageError, AccessError):
+        raise
     except ValueError:
         record = None
     except io_errors(path, OSError) as error:

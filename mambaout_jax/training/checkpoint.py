@@ -25,7 +25,7 @@ from mambaout_jax.bucket import absolute, children, failed
 from mambaout_jax.errors import AccessError, StorageError, UserError
 from mambaout_jax.files import write_json
 from mambaout_jax.runtime.processes import all_or_none
-from mambaout_jax.runtime.storage import cause, reading
+from mambaout_jax.runtime.storage import cause, is_transient, reading
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.weights.info import NewerFormatError, WeightsInfo
 from mambaout_jax.weights.integrity import fingerprints
@@ -101,6 +101,7 @@ def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Reports a failed save as one sentence, also a save that was still running.
 
     Raises:
+        StorageError: when storage fails for a while.
         UserError: names the cause and the last good checkpoint.
     """
     try:
@@ -109,6 +110,11 @@ def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
         failure = failed(f"cannot save to {manager.directory}", error)
         if isinstance(failure, StorageError | AccessError):
             raise type(failure)(f"{failure}; the checkpoints before it are good") from error
+        if is_transient(error):
+            raise StorageError(
+                f"cannot save to {manager.directory}: {cause(error)}; the checkpoints before it "
+                "are good: the same command continues from the last one"
+            ) from error
         manager.reload()
         latest = manager.latest_step()
         good = "there is no checkpoint yet" if latest is None else f"checkpoint {latest} is good"
