@@ -64,12 +64,23 @@ def log_to_stderr() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     # Orbax's threads log a traceback of each error that a UserError reports.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    sys.unraisablehook = hide_late_writes
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("mambaout_jax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def hide_late_writes(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Shows an error that no code can catch, unless it stems from a save that has failed already.
+
+    Orbax closes its event loop after the first write that fails. The other writes then fail to
+    report to it: one traceback for each.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def main(argv: list[str]) -> None:

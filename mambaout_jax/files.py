@@ -77,7 +77,7 @@ def write_file(path: epath.PathLike, content: bytes | str) -> None:
 
 @tenacity.retry(
     retry=tenacity.retry_if_exception_type(StorageError),
-    stop=tenacity.stop_after_attempt(WRITE_ATTEMPTS),
+    stop=lambda attempt: attempt.attempt_number >= WRITE_ATTEMPTS,
     wait=tenacity.wait_exponential(multiplier=0.5),
     reraise=True,
 )

@@ -94,7 +94,7 @@ def lock_workdir(workdir: epath.Path) -> IO[str] | Lease:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise failed(f"cannot write {path}", error) from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -114,7 +114,7 @@ def lock_workdir(workdir: epath.Path) -> IO[str] | Lease:
     except OSError as error:
         with contextlib.suppress(OSError):
             file.close()
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise failed(f"cannot write {path}", error) from None
     return file
 
 
