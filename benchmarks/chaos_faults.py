@@ -67,9 +67,9 @@ def kill_worker(run: Run, random_: random.Random) -> None:
 
 
 def limit_files(run: Run, random_: random.Random) -> None:
-    """Lets files grow to 500 kB: the arrays' are larger."""
+    """Lets files grow to 600 kB: the arrays' are larger."""
     with contextlib.suppress(ProcessLookupError):
-        resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (500_000, 500_000))
+        resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (600_000, 600_000))
 
 
 def mount_disk(run: Run, random_: random.Random) -> None:

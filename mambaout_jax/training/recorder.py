@@ -65,7 +65,7 @@ class Recorder:
 
         values = {name: value for name, value in values.items() if not math.isnan(value)}
         scalars = [Summary.Value(tag=name, simple_value=x) for name, x in values.items()]
-        with writing(self.workdir):
+        with writing(self.workdir / "tensorboard"):
             if self.events is None:
                 self.events = open_events(self.workdir / "tensorboard", self.start_step)
             summary = Summary(value=scalars)
@@ -90,13 +90,13 @@ class Recorder:
     def flush(self) -> None:
         """Writes the events out: to be called before a checkpoint is saved."""
         if self.events:
-            with writing(self.workdir):
+            with writing(self.workdir / "tensorboard"):
                 self.events.flush()
 
     def close(self) -> None:
         """Writes the events out, and closes the files."""
         if self.events:
-            with writing(self.workdir):
+            with writing(self.workdir / "tensorboard"):
                 self.events.close()
         if self.wandb:
             self.wandb.finish()
