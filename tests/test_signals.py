@@ -49,8 +49,20 @@ def last_line(log):
     return log.strip().splitlines()[-1]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_signal_is_ignored():
+    """A shell's background jobs ignore SIGINT, and so would the processes that they start."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(no_signal_is_ignored, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     code, log = Command(folder).end()
     assert code == 0, log
