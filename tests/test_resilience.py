@@ -149,7 +149,7 @@ def test_a_save_that_cannot_be_written_leaves_the_last_checkpoint(finished, stop
         with pytest.raises(
             UserError, match=r"cannot save .*: File too large; checkpoint 8 is good"
         ):
-            train(small_config(**{"data.threads": 1}), stopped)
+            train(small_config(), stopped)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     monkeypatch.undo()
