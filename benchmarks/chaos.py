@@ -108,7 +108,9 @@ def measure(folder: Path, workdirs: epath.Path, cell: str, seed: int) -> dict:
     with lock:
         bad += differences(run, workdirs / "straight") if status == 0 else [f"then {status}"]
     bad += ["then a traceback"] if "Traceback" in after else []
-    row["end"] = ", ".join(bad) or "identical"
+    lost = [what for what in bad if what in fault.loses]
+    bad = [what for what in bad if what not in fault.loses]
+    row["end"] = ", ".join(bad or ["identical", *(f"but {what}" for what in lost)])
     if fault.mounts:
         subprocess.run(["umount", run.workdir.parent], stderr=subprocess.DEVNULL)
     if not bad:
@@ -178,7 +180,7 @@ def main() -> int:
     rows = read_results(results)
     rows = {cell: rows[cell] for cell in cells}
     print(table(list(rows.values())))
-    good = sum(row["end"] == "identical" for row in rows.values())
+    good = sum(row["end"].startswith("identical") for row in rows.values())
     print(f"{good} of {len(rows)} identical to the run that was not disturbed")
     return len(rows) - good
 

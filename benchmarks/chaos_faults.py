@@ -37,6 +37,7 @@ class Fault:
         mend: called before the run is resumed.
         preloads: whether the run starts with `chaos_eio.c`.
         mounts: whether it needs root.
+        loses: what is promised to survive everywhere else, and is lost here.
     """
 
     inject: Callable[[Run, random.Random], None]
@@ -46,6 +47,7 @@ class Fault:
     mend: Callable[[Run, random.Random], None] = nothing
     preloads: bool = False
     mounts: bool = False
+    loses: tuple[str, ...] = ()
 
 
 def sent(number: signal.Signals, group: bool) -> Callable[[Run, random.Random], None]:
@@ -211,7 +213,7 @@ FAULTS = {
     ),
     "file-limit": Fault(limit_files, (1,)),
     "read-only": Fault(forbid_writes, (1,), mend=allow_writes, mounts=True),
-    "removed": Fault(remove, (0, 1), MOMENTS[1:]),
+    "removed": Fault(remove, (0, 1), MOMENTS[1:], loses=("TensorBoard's curves",)),
     "bit": Fault(flip_bit, (KILLED,), LOOP),
     "cut": Fault(cut_file, (KILLED,), LOOP),
     "empty": Fault(empty_folder, (KILLED,), LOOP),

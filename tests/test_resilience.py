@@ -269,6 +269,15 @@ def test_a_workdir_that_cannot_be_written_is_named():
         train(small_config(), epath.Path("/proc/run"))
 
 
+def test_a_checkpoints_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    def refused(folder, options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+
+    monkeypatch.setattr(ocp, "CheckpointManager", refused)
+    with pytest.raises(UserError, match=r"cannot write .*run/checkpoints: Read-only file system"):
+        train(small_config(), tmp_path / "run")
+
+
 HOLD = """
 import pathlib, sys, time
 from mambaout_jax.runtime import storage

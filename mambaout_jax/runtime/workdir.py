@@ -67,8 +67,10 @@ def hold_workdir(
     except (StorageError, AccessError):
         raise
     except UserError:
-        if new and not has_results(workdir):
-            workdir.rmtree(missing_ok=True)
+        # Where the workdir cannot be written any more, the first error says so.
+        with contextlib.suppress(*io_errors(workdir, OSError)):
+            if new and not has_results(workdir):
+                workdir.rmtree(missing_ok=True)
         raise
     finally:
         if lock:
