@@ -9,7 +9,25 @@ process of it was lost, and the same command resumes it; 130 a second Ctrl-C end
 """
 
 import logging
+import os
+import signal
 import sys
+from types import FrameType
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """Ends the process on a signal: there is nothing to save yet."""
+    name = signal.Signals(number).name
+    print(f"stopped by {name}: the same command starts or resumes the run", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(os.EX_TEMPFAIL)
+
+
+if __name__ == "__main__":
+    # Until `StopRequest` notices signals: the imports below take seconds.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, stop_at_once)
 
 import jax
 from absl import app, flags
@@ -46,12 +64,23 @@ def log_to_stderr() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     # Orbax's threads log a traceback of each error that a UserError reports.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    sys.unraisablehook = hide_late_writes
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("mambaout_jax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def hide_late_writes(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Shows an error that no code can catch, unless it stems from a save that has failed already.
+
+    Orbax closes its event loop after the first write that fails. The other writes then fail to
+    report to it: one traceback for each.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def main(argv: list[str]) -> None:

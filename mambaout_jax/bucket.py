@@ -33,6 +33,8 @@ _CLIENTS = (
     "google.auth.exceptions",
     "requests.exceptions",
 )
+# Error numbers of storage that fails for a while, on a disk or a network.
+TRANSIENT_ERRORS = (5, 11, 16, 70, 103, 104, 110, 111, 113, 116, 121)
 GRANT = "grant it roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
 
 
@@ -188,5 +190,6 @@ def failed(what: str, error: BaseException) -> UserError:
     """
     status = http_status(error)
     refused, unavailable = status in (401, 403), status in (408, 429) or status >= 500
+    unavailable |= getattr(error, "errno", None) in TRANSIENT_ERRORS
     kind = AccessError if refused else StorageError if unavailable else UserError
     return kind(f"{what}: {reason(error)}")

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tenacity
 from etils import epath
 
 from mambaout_jax.bucket import failed, io_errors, is_bucket
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import StorageError, UserError
+
+WRITE_ATTEMPTS = 4
 
 
 @contextlib.contextmanager
@@ -58,16 +61,28 @@ def write_file(path: epath.PathLike, content: bytes | str) -> None:
     """Writes a file, whole or not at all. In a bucket every write is so by itself.
 
     Raises:
+        StorageError: when storage fails for a while, and at each attempt.
         UserError: names the file and the cause when it cannot be written.
     """
     content = content.encode() if isinstance(content, str) else content
     path = epath.Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    if is_bucket(path):
+    if is_bucket(path):  # its clients try again themselves
         with writing(path):
             path.write_bytes(content)
-        return
+    else:
+        _write_disk(path, content)
+
+
+@tenacity.retry(
+    retry=tenacity.retry_if_exception_type(StorageError),
+    stop=lambda attempt: attempt.attempt_number >= WRITE_ATTEMPTS,
+    wait=tenacity.wait_exponential(multiplier=0.5),
+    reraise=True,
+)
+def _write_disk(path: epath.Path, content: bytes) -> None:
+    """Writes a file of a disk, after further attempts where the disk fails for a while."""
     with replacing(path) as part:
         part.write_bytes(content)
 

@@ -17,11 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from small_run import ROOT, small_config, train
 
+from mambaout_jax import files
 from mambaout_jax.errors import PreemptedError, StorageError, UserError
+from mambaout_jax.files import write_file
 from mambaout_jax.runtime import storage
 from mambaout_jax.runtime.compilation import use_compilation_cache
 from mambaout_jax.runtime.goodput import COMPILE, DATA, DEVICE, Goodput
@@ -172,6 +175,19 @@ def test_storage_that_keeps_failing_is_not_damage(stopped, monkeypatch):
     assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"4", "8"}
 
 
+def test_a_disk_that_fails_once_is_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "write_bytes", failing(Path.write_bytes, times=1))
+    write_file(tmp_path / "file.json", "{}")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
+
+
+def test_a_disk_that_keeps_failing_is_an_error_of_the_storage(stopped, monkeypatch):
+    monkeypatch.setattr(files, "WRITE_ATTEMPTS", 1)
+    monkeypatch.setattr(Path, "write_bytes", failing(Path.write_bytes, times=100))
+    with pytest.raises(StorageError, match=r"cannot write .*metrics\.csv: Input/output error"):
+        train(small_config(), stopped)
+
+
 def failing(function, times):
     """Returns a function that raises EIO so many times before it works."""
     left = [times]
@@ -183,6 +199,13 @@ def failing(function, times):
         return function(*arguments)
 
     return wrapped
+
+
+def test_a_save_that_fails_with_eio_is_an_error_of_the_storage(stopped, monkeypatch):
+    monkeypatch.setattr(ocp.CheckpointManager, "save", failing(None, times=100))
+    with pytest.raises(StorageError, match=r"cannot save .*: Input/output error; the checkpoints"):
+        train(small_config(), stopped)
+    assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"4", "8"}
 
 
 @pytest.mark.parametrize("name", ["99", "12"])
@@ -246,6 +269,15 @@ def test_a_workdir_that_cannot_be_written_is_named():
         train(small_config(), epath.Path("/proc/run"))
 
 
+def test_a_checkpoints_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    def refused(folder, options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+
+    monkeypatch.setattr(ocp, "CheckpointManager", refused)
+    with pytest.raises(UserError, match=r"cannot write .*run/checkpoints: Read-only file system"):
+        train(small_config(), tmp_path / "run")
+
+
 HOLD = """
 import pathlib, sys, time
 from mambaout_jax.runtime import storage
@@ -303,6 +335,15 @@ def test_a_run_that_never_took_a_step_leaves_no_workdir(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"config\.max_bad_steps is 0"):
         train(small_config(max_bad_steps=0), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_checkpoint_keeps_what_it_has_recorded(tmp_path, monkeypatch):
+    """Steps 1 and 2 were logged."""
+    poison(monkeypatch, 3, 12)
+    with pytest.raises(UserError, match=r"config\.max_bad_steps is 0"):
+        train(small_config(max_bad_steps=0), tmp_path / "run")
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["batch_size"] == 16
 
 
 class Root:

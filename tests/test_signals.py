@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -48,8 +49,20 @@ def last_line(log):
     return log.strip().splitlines()[-1]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_signal_is_ignored():
+    """A shell's background jobs ignore SIGINT, and so would the processes that they start."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(no_signal_is_ignored, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     code, log = Command(folder).end()
     assert code == 0, log
@@ -96,6 +109,48 @@ def test_a_loader_worker_that_is_killed_saves_the_run(straight, tmp_path):
     code, log = Command(tmp_path).end()
     assert code == 0, log
     assert (straight / "metrics.csv").read_text() == (tmp_path / "run/metrics.csv").read_text()
+
+
+def test_a_signal_while_python_imports_ends_the_run_with_one_line(tmp_path):
+    run = Command(tmp_path)
+    while "jaxlib" not in Path(f"/proc/{run.process.pid}/maps").read_text():
+        time.sleep(0.001)
+    os.killpg(run.process.pid, signal.SIGINT)
+    code, log = run.end()
+    assert code == 75, log
+    assert last_line(log) == "stopped by SIGINT: the same command starts or resumes the run"
+    assert "Traceback" not in log
+
+
+def test_nothing_can_be_written_at_the_start(tmp_path):
+    """No file may have a byte, as on a disk without space."""
+    command = [sys.executable, "main.py", "--config=configs/quickstart.py", *KEYS]
+    done = subprocess.run(
+        ["prlimit", "--fsize=0", *command, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": FAST_COMPILATION},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert last_line(done.stderr) == f"error: cannot write {tmp_path}/run/lock: File too large"
+    assert "Traceback" not in done.stderr
+
+
+def test_the_reason_is_the_last_line_after_a_save_that_failed(tmp_path):
+    """Files may grow to 600 kB: the arrays' are larger. Threads of Orbax fail, too."""
+    run = Command(tmp_path, "--config.data.threads=1")
+    while not (tmp_path / "run" / "config.json").exists():
+        assert run.process.poll() is None, run.log.read_text()
+        time.sleep(0.01)
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (600_000, 600_000))
+    code, log = run.end()
+    assert code == 1, log
+    assert re.match(
+        r"error: cannot save to .*: File too large; there is no checkpoint yet$", last_line(log)
+    )
+    assert "Traceback" not in log
+    assert "Event loop" not in log
 
 
 def test_ctrl_c_while_the_run_starts_ends_it_at_once(tmp_path):

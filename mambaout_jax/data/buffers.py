@@ -11,6 +11,8 @@ from multiprocessing import reduction
 
 import numpy as np
 
+from mambaout_jax.errors import UserError
+
 Batch = dict[str, np.ndarray]
 
 _PAGE = mmap.PAGESIZE
@@ -46,13 +48,24 @@ class SharedMemory:
     """
 
     def __init__(self, size: int):
+        """Reserves memory.
+
+        Raises:
+          UserError: the limits of this process forbid so much.
+        """
         if hasattr(os, "memfd_create"):
             self._file = os.memfd_create("mambaout_jax")
         else:
             with tempfile.TemporaryFile() as file:
                 self._file = os.dup(file.fileno())
-        os.ftruncate(self._file, size)
-        self.bytes = mmap.mmap(self._file, size)
+        try:
+            os.ftruncate(self._file, size)
+            self.bytes = mmap.mmap(self._file, size)
+        except OSError as error:
+            raise UserError(
+                f"cannot reserve {size:,} bytes of shared memory for batches ({error.strerror}): "
+                "raise the limits of memory and of file sizes (ulimit -v, ulimit -f)"
+            ) from None
         weakref.finalize(self, os.close, self._file).atexit = False
 
     def __getstate__(self) -> tuple:

@@ -8,19 +8,17 @@ from typing import TypeVar
 
 import tenacity
 
-from mambaout_jax.bucket import failed
+from mambaout_jax.bucket import TRANSIENT_ERRORS, failed
 from mambaout_jax.errors import AccessError, StorageError, first_line
 
 logger = logging.getLogger(__name__)
 
-# Error numbers and words of storage that fails for a while, in messages of the system, of
-# TensorStore, of array_record and of buckets' servers. Whatever else reading a checkpoint fails of
-# is damage.
-_NUMBERS = (5, 11, 16, 70, 103, 104, 110, 111, 113, 116, 121)
-_ONE = "|".join(map(str, _NUMBERS))
+# Numbers and words of storage that fails for a while, in messages of the system, of TensorStore, of
+# array_record and of buckets' servers. Whatever else reading a checkpoint fails of is damage.
+_ONE = "|".join(map(str, TRANSIENT_ERRORS))
 TRANSIENT = re.compile(
     rf"\[Errno ({_ONE})\]|os_error_code='?({_ONE})\b"
-    rf"|{'|'.join(re.escape(os.strerror(number)) for number in _NUMBERS)}"
+    rf"|{'|'.join(re.escape(os.strerror(number)) for number in TRANSIENT_ERRORS)}"
     r"|UNAVAILABLE|DEADLINE_EXCEEDED|Too Many Requests|Service Unavailable"
 )
 READ_ATTEMPTS = 4

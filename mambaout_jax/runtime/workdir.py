@@ -19,6 +19,7 @@ from mambaout_jax.errors import AccessError, StorageError, UserError
 from mambaout_jax.files import write_json
 from mambaout_jax.runtime.lease import Lease, take_lease
 from mambaout_jax.runtime.processes import FAILED, all_or_none, end
+from mambaout_jax.runtime.storage import reading
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,10 @@ def hold_workdir(
     except (StorageError, AccessError):
         raise
     except UserError:
-        if new and not has_results(workdir):
-            workdir.rmtree(missing_ok=True)
+        # Where the workdir cannot be written any more, the first error says so.
+        with contextlib.suppress(*io_errors(workdir, OSError)):
+            if new and not has_results(workdir):
+                workdir.rmtree(missing_ok=True)
         raise
     finally:
         if lock:
@@ -93,7 +96,7 @@ def lock_workdir(workdir: epath.Path) -> IO[str] | Lease:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise failed(f"cannot write {path}", error) from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -113,7 +116,7 @@ def lock_workdir(workdir: epath.Path) -> IO[str] | Lease:
     except OSError as error:
         with contextlib.suppress(OSError):
             file.close()
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise failed(f"cannot write {path}", error) from None
     return file
 
 
@@ -161,7 +164,9 @@ def read_record(workdir: epath.Path) -> dict[str, Any]:
     """
     path = workdir / RECORD
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(reading(path.read_text, os.fspath(path)))
+    except (StorageError, AccessError):
+        raise
     except ValueError:
         record = None
     except io_errors(path, OSError) as error:

@@ -23,9 +23,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mambaout_jax.bucket import absolute, children, failed
 from mambaout_jax.errors import AccessError, StorageError, UserError
-from mambaout_jax.files import write_json
+from mambaout_jax.files import write_json, writing
 from mambaout_jax.runtime.processes import all_or_none
-from mambaout_jax.runtime.storage import cause, reading
+from mambaout_jax.runtime.storage import cause, is_transient, reading
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.weights.info import NewerFormatError, WeightsInfo
 from mambaout_jax.weights.integrity import fingerprints
@@ -38,7 +38,11 @@ METRIC = "top1"
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: epath.Path, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """Yields the manager of a workdir's checkpoints, which keeps the `keep` newest and the best."""
+    """Yields the manager of a workdir's checkpoints, which keeps the `keep` newest and the best.
+
+    Raises:
+        UserError: when their folder cannot be read or made.
+    """
     folder = absolute(workdir) / "checkpoints"
     with all_or_none():
         if jax.process_index() == 0:
@@ -60,7 +64,8 @@ def open_checkpoints(workdir: epath.Path, keep: int) -> Iterator[ocp.CheckpointM
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
     )
-    manager = ocp.CheckpointManager(folder, options=options)
+    with writing(folder):
+        manager = ocp.CheckpointManager(folder, options=options)
     try:
         yield manager
     except BaseException:
@@ -101,6 +106,7 @@ def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Reports a failed save as one sentence, also a save that was still running.
 
     Raises:
+        StorageError: when storage fails for a while.
         UserError: names the cause and the last good checkpoint.
     """
     try:
@@ -109,6 +115,11 @@ def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
         failure = failed(f"cannot save to {manager.directory}", error)
         if isinstance(failure, StorageError | AccessError):
             raise type(failure)(f"{failure}; the checkpoints before it are good") from error
+        if is_transient(error):
+            raise StorageError(
+                f"cannot save to {manager.directory}: {cause(error)}; the checkpoints before it "
+                "are good: the same command continues from the last one"
+            ) from error
         manager.reload()
         latest = manager.latest_step()
         good = "there is no checkpoint yet" if latest is None else f"checkpoint {latest} is good"

@@ -12,8 +12,9 @@ from typing import Any
 from etils import epath
 
 from mambaout_jax.bucket import is_bucket
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import AccessError, StorageError, UserError
 from mambaout_jax.files import write_file, writing
+from mambaout_jax.runtime.storage import reading
 from mambaout_jax.training.events import open_events
 
 COLUMNS = ("step", "epoch", "learning_rate", "train_loss", "eval_loss", "top1", "top5")
@@ -64,7 +65,7 @@ class Recorder:
 
         values = {name: value for name, value in values.items() if not math.isnan(value)}
         scalars = [Summary.Value(tag=name, simple_value=x) for name, x in values.items()]
-        with writing(self.workdir):
+        with writing(self.workdir / "tensorboard"):
             if self.events is None:
                 self.events = open_events(self.workdir / "tensorboard", self.start_step)
             summary = Summary(value=scalars)
@@ -89,13 +90,13 @@ class Recorder:
     def flush(self) -> None:
         """Writes the events out: to be called before a checkpoint is saved."""
         if self.events:
-            with writing(self.workdir):
+            with writing(self.workdir / "tensorboard"):
                 self.events.flush()
 
     def close(self) -> None:
         """Writes the events out, and closes the files."""
         if self.events:
-            with writing(self.workdir):
+            with writing(self.workdir / "tensorboard"):
                 self.events.close()
         if self.wandb:
             self.wandb.finish()
@@ -110,12 +111,14 @@ def read_rows(path: epath.Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+        rows = list(csv.DictReader(reading(path.read_text, os.fspath(path)).splitlines()))
         return [
             {key: int(row[key]) if key == "step" else float(row[key]) for key in COLUMNS}
             for row in rows
         ]
-    except (ValueError, KeyError, TypeError, csv.Error):
+    except (StorageError, AccessError):
+        raise
+    except (ValueError, KeyError, TypeError, OSError, csv.Error):
         raise UserError(
             f"{path} is damaged: restore it from a copy, or move it away to go on without the "
             "rows of earlier evaluations"
