@@ -19,15 +19,18 @@ def draw(hidden, conv, width=16):
 
 def padded(weights, x, conv):
     kernel1, bias1, kernel2, bias2 = weights
-    gate, identity, c = split_dense(x, kernel1, bias1, conv)
-    return merge_dense(gate_product("gelu", gate, identity, c * c), kernel2, bias2, conv)
+    gate, identity, c = split_dense(x, kernel1, bias1, conv, jnp.float32)
+    return merge_dense(
+        gate_product("gelu", gate, identity, c * c), kernel2, bias2, conv, jnp.float32
+    )
 
 
 def plain(weights, x, conv):
     kernel1, bias1, kernel2, bias2 = weights
     hidden = kernel2.shape[0]
-    gate, identity, c = jnp.split(dense(x, kernel1, bias1), (hidden, 2 * hidden - conv), axis=-1)
-    return dense(gate_product("gelu", gate, identity, c * c), kernel2, bias2)
+    y = dense(x, kernel1, bias1, jnp.float32)
+    gate, identity, c = jnp.split(y, (hidden, 2 * hidden - conv), axis=-1)
+    return dense(gate_product("gelu", gate, identity, c * c), kernel2, bias2, jnp.float32)
 
 
 @pytest.mark.parametrize(("hidden", "conv"), CASES)
@@ -48,7 +51,7 @@ def test_padding_changes_neither_results_nor_gradients(hidden, conv):
 @pytest.mark.parametrize(("hidden", "conv"), CASES)
 def test_identity_channels_are_padded_to_a_multiple_of_eight(hidden, conv):
     x, kernel, bias, *_ = draw(hidden, conv)
-    gate, identity, c = split_dense(x, kernel, bias, conv)
+    gate, identity, c = split_dense(x, kernel, bias, conv, jnp.float32)
     assert identity.shape[-1] == -(-(hidden - conv) // 8) * 8
     assert gate.shape[-1] == identity.shape[-1] + conv
     assert c.shape[-1] == conv
