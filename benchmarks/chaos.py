@@ -7,8 +7,9 @@
 Each cell is a run of its own: a kind of fault (`chaos_faults.py`) at a random instance of a moment.
 Then what can be mended is mended, such as a full disk, and the same command finishes the run.
 Parameters, optimizer, averages, metrics.csv and the curves that TensorBoard shows must be those of
-a run that was not disturbed, bit for bit. The results are kept in FOLDER/results.jsonl: the same
-command makes the cells that are missing, and prints the table of all.
+a run that was not disturbed, bit for bit. The results are kept in FOLDER/results.jsonl, with the
+last line of each disturbed run: the same command makes the cells that are missing. The table has
+the exit status, the seconds until the process ended, and where the run resumed.
 """
 
 import argparse
@@ -30,7 +31,6 @@ from etils import epath
 
 from mambaout_jax.bucket import absolute, is_bucket
 
-COLUMNS = ("place", "status", "seconds", "last line", "resumed", "end")
 RESTARTS = 3  # of a command that ends with status 75
 lock = threading.Lock()  # of the results, and of jax
 
@@ -119,16 +119,26 @@ def measure(folder: Path, workdirs: epath.Path, cell: str, seed: int) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Returns the results as a Markdown table."""
-    order = list(FAULTS)
-    rows = sorted(
-        rows,
-        key=lambda row: (order.index(row["fault"]), MOMENTS.index(row["moment"]), row["number"]),
-    )
-    names = ("fault", "moment", *COLUMNS)
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    lines += [f"| {' | '.join(str(row[name]) for name in names)} |" for row in rows]
+    """Returns the outcomes as a Markdown table: a row for each fault, a column for each moment."""
+    moments = [moment for moment in MOMENTS if any(row["moment"] == moment for row in rows)]
+    lines = [f"| fault | {' | '.join(moments)} |", "|---" * (len(moments) + 1) + "|"]
+    for name in FAULTS:
+        cells = [
+            "<br>".join(
+                outcome(row) for row in rows if (row["fault"], row["moment"]) == (name, moment)
+            )
+            for moment in moments
+        ]
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def outcome(row: dict) -> str:
+    """Returns the status, the seconds until the process ended, and where the run resumed."""
+    resumed = row["resumed"].split(" of ")[0]
+    end = "" if row["end"] == "identical" else f", **{row['end']}**"
+    return f"{row['status']}, {row['seconds']} s, {resumed}{end}"
 
 
 def read_results(path: Path) -> dict[str, dict]:

@@ -122,7 +122,8 @@ class Run:
 
     def last_line(self) -> str:
         """Returns the last line of the log, without the time of day."""
-        lines = self.text().strip().splitlines() or ["(nothing)"]
+        lines = self.text().replace(str(self.workdir), "WORKDIR").strip().splitlines()
+        lines = lines or ["(nothing)"]
         return re.sub(r"^\d\d:\d\d:\d\d ", "", lines[-1])
 
     def last_step(self) -> int:

@@ -192,11 +192,11 @@ def failing(function, times):
     """Returns a function that raises EIO so many times before it works."""
     left = [times]
 
-    def wrapped(*arguments):
+    def wrapped(*arguments, **keys):
         if left[0]:
             left[0] -= 1
             raise OSError(errno.EIO, "Input/output error", "/data/array")
-        return function(*arguments)
+        return function(*arguments, **keys)
 
     return wrapped
 

@@ -8,6 +8,7 @@ import ctypes
 import ctypes.util
 import functools
 import importlib.metadata
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -57,18 +58,27 @@ class _Library:
 @functools.cache
 def library() -> "_Library | None":
     """Returns libjpeg-turbo 3, None where there is none."""
+    for path in _paths():
+        try:
+            return _Library(path)
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _paths() -> Iterator[str]:
+    """Yields where libjpeg-turbo may be."""
     try:
         files = importlib.metadata.files("turbojpeg") or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    paths = [str(file.locate()) for file in files if file.name.startswith("libturbojpeg")]
-    for path in (*paths, ctypes.util.find_library("turbojpeg")):
-        if path:
-            try:
-                return _Library(path)
-            except (OSError, AttributeError):
-                continue
-    return None
+    yield from (str(file.locate()) for file in files if file.name.startswith("libturbojpeg"))
+    try:
+        system = ctypes.util.find_library("turbojpeg")
+    except OSError:  # it writes a temporary file
+        system = None
+    if system:
+        yield system
 
 
 def decode(file: bytearray, box: tuple[int, int, int, int]) -> tuple[np.ndarray, int]:
