@@ -98,8 +98,8 @@ class ThreadPool:
         return self._threads.submit(self._fill, chunk)
 
     def close(self) -> None:
-        """Ends the threads."""
-        self._threads.shutdown(cancel_futures=True)
+        """Ends the threads, each after its chunk: one of them may collect garbage and call this."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _open_pool(maker: Maker, buffers: BatchBuffers, parallel: Parallel) -> ThreadPool | WorkerPool:

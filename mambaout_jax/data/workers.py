@@ -105,8 +105,8 @@ class WorkerPool:
 
     def close(self) -> None:
         """Ends the processes."""
-        if self._thread.is_alive():
-            self._wake.send(b"x")
+        self._wake.close()
+        if threading.current_thread() is not self._thread:  # it may collect garbage
             self._thread.join()
         self._at_exit()
         for worker in self._workers:
@@ -114,8 +114,6 @@ class WorkerPool:
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
-        self._wake.close()
-        self._woken.close()
 
     def _assign(self) -> None:
         """Gives waiting chunks to the workers with the fewest; the lock is held."""
@@ -133,7 +131,7 @@ class WorkerPool:
 
     def _receive(self) -> None:
         """Receives results until the pool is closed or a worker dies."""
-        with selectors.DefaultSelector() as selector:
+        with self._woken, selectors.DefaultSelector() as selector:
             selector.register(self._woken, selectors.EVENT_READ)
             for worker in self._workers:
                 selector.register(worker.pipe, selectors.EVENT_READ, worker)
