@@ -74,12 +74,12 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
             logger.info("finished already: %s", summary(run, position, manager, workdir))
             return
         with clock.of(goodput.COMPILE):
-            programs = compile_programs(run, target)
+            programs = compile_programs(run, target, train_key)
         if position is None:
             position = first_position(run, init_key, shardings)
         session = open_session(run, position, workdir, manager, clock, stop, stack)
         stop.saves = True
-        train_loop(run, position, programs, train_key, session)
+        train_loop(run, position, programs, session)
         with clock.of(goodput.SAVE):
             checkpoint.finish(manager)
         logger.info("%s", clock.line())
@@ -168,9 +168,7 @@ def open_session(
     return Session(workdir, manager, clock, stop, recorder, progress)
 
 
-def train_loop(
-    run: Run, position: Position, programs: Programs, key: jax.Array, session: Session
-) -> None:
+def train_loop(run: Run, position: Position, programs: Programs, session: Session) -> None:
     """Runs the steps that are left, with evaluations and saves, until the end or a stop request.
 
     Between two log lines nothing is read from the devices, and nothing else is computed on them.
@@ -187,7 +185,7 @@ def train_loop(
             step = position.step + 1
             inputs = global_batch({name: batch[name] for name in ("image", "label")}, run.mesh)
             with profiler.step(step):
-                position.state, metrics = programs.train_step(position.state, inputs, key)
+                position.state, metrics = programs.train_step(position.state, inputs)
             position.step = step
             with clock.of(goodput.DEVICE):
                 position.losses.push(step, metrics["loss"])
