@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import time
 
 import jax
 import numpy as np
@@ -66,6 +67,7 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
     shardings = state_shardings(abstract, run.mesh)
     target = checkpoint.abstract_state(abstract, shardings)
     with contextlib.ExitStack() as stack:
+        stack.callback(clock.close)
         stack.callback(run.batches.close)
         stack.enter_context(hold_workdir(workdir, run.record, run.free_keys, run.added_keys))
         manager = stack.enter_context(checkpoint.open_checkpoints(workdir, run.keep_checkpoints))
@@ -180,15 +182,16 @@ def train_loop(run: Run, position: Position, programs: Programs, session: Sessio
         if not position.evaluated:
             late_evaluation(run, position, programs, session)
         while position.step < steps.total and position.evaluated:
-            with clock.of(goodput.DATA):
+            with clock.waiting_for_batch():
                 batch = next_batch(run, session)
+            start = time.perf_counter()
             step = position.step + 1
             inputs = global_batch({name: batch[name] for name in ("image", "label")}, run.mesh)
             with profiler.step(step):
                 position.state, metrics = programs.train_step(position.state, inputs)
             position.step = step
-            with clock.of(goodput.DEVICE):
-                position.losses.push(step, metrics["loss"])
+            clock.dispatched(start, metrics["loss"])
+            position.losses.push(step, metrics["loss"])
             progress.advance()
             if step % steps.log_every == 0:
                 log_interval(run, position, session)
@@ -220,8 +223,7 @@ def next_batch(run: Run, session: Session) -> dict[str, np.ndarray]:
 
 def log_interval(run: Run, position: Position, session: Session) -> None:
     """Reads the losses since the last log line, and shows the interval."""
-    with session.clock.of(goodput.DEVICE):
-        position.losses.read()
+    position.losses.read()
     rate = learning_rate(run, position.step)
     shown = session.progress.show(position.step, position.losses.last, rate)
     values = {"train/loss": position.losses.last, "learning_rate": rate}
@@ -234,8 +236,7 @@ def evaluate_and_record(
 ) -> dict[str, float] | None:
     """Evaluates, and records a row; None and `position.evaluated` False when asked to stop."""
     step, steps = position.step, run.steps
-    with session.clock.of(goodput.DEVICE):
-        position.losses.read()
+    position.losses.read()
     try:
         with session.clock.of(goodput.EVALUATE):
             params = position.state.eval_params
@@ -285,6 +286,7 @@ def late_evaluation(run: Run, position: Position, programs: Programs, session: S
 
 def save(run: Run, position: Position, results: dict[str, float] | None, session: Session) -> None:
     """Starts to save a checkpoint."""
+    position.losses.read()
     with session.clock.of(goodput.SAVE):
         keep_record(session.workdir, run.record)
         info = run.weights_info(results)
