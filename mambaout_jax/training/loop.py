@@ -28,7 +28,7 @@ from mambaout_jax.training import checkpoint
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.programs import Programs, compile_programs
 from mambaout_jax.training.progress import Progress
-from mambaout_jax.training.recorder import Recorder, read_rows
+from mambaout_jax.training.recorder import Recorder, import_in_background, read_rows
 from mambaout_jax.training.run import Position, Run, world
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.weights.finetune import initial_params
@@ -75,6 +75,8 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
         if position and position.step >= run.steps.total and position.evaluated:
             logger.info("finished already: %s", summary(run, position, manager, workdir))
             return
+        if jax.process_index() == 0:
+            import_in_background()
         with clock.of(goodput.COMPILE):
             programs = compile_programs(run, target, train_key)
         if position is None:

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -100,6 +101,19 @@ class Recorder:
                 self.events.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def import_in_background() -> None:
+    """Imports what the first log line and the first curves need, in a thread.
+
+    That takes seconds, most of all where PyTorch is installed, which tensorboardX imports then.
+    """
+
+    def imports() -> None:
+        import matplotlib.figure  # noqa: F401
+        import tensorboardX.event_file_writer  # noqa: F401
+
+    threading.Thread(target=imports, name="imports", daemon=True).start()
 
 
 def read_rows(path: epath.Path) -> list[Row]:
