@@ -115,14 +115,15 @@ def main(argv: list[str]) -> None:
 
 def run(workdir: epath.Path, stop: StopRequest) -> None:
     """Trains or evaluates."""
-    from mambaout_jax import build
-
     if _MODE.value == "eval":
-        build.evaluate_workdir(_CONFIG.value, workdir, given_keys(sys.argv))
+        from mambaout_jax.evaluate_run import evaluate_workdir
+
+        evaluate_workdir(_CONFIG.value, workdir, given_keys(sys.argv))
         return
+    from mambaout_jax.build import build_run
     from mambaout_jax.training.loop import train
 
-    train(build.build_run(_CONFIG.value), workdir, stop)
+    train(build_run(_CONFIG.value), workdir, stop)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from configs import quickstart
-from mambaout_jax.build import build_dataset
+from mambaout_jax.build_data import build_dataset
 from mambaout_jax.data.preprocess import preprocess_image
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.inference.predictor import forward

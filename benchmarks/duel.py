@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import duel_report
 
 from mambaout_jax import config as configuration
-from mambaout_jax.build import build_dataset
+from mambaout_jax.build_data import build_dataset
 from mambaout_jax.data.sources import open_source
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -66,7 +66,7 @@ def write_images(directory: Path, count: int) -> None:
 def our_batches(options: argparse.Namespace, policy: str) -> Any:
     """Returns our training batches, endless."""
     from configs import default
-    from mambaout_jax.build import build_train_batches
+    from mambaout_jax.build_data import build_train_batches
 
     config = default.get_config()
     config.data.update(source="folder", dir=options.directory, num_classes=1)

@@ -16,7 +16,7 @@ from imagenet_fixture import jpeg, write_imagenet
 from PIL import Image
 
 from configs import default
-from mambaout_jax.build import build_dataset
+from mambaout_jax.build_data import build_dataset
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.errors import UserError
 

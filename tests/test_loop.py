@@ -19,8 +19,8 @@ from etils import epath
 from imagenet_fixture import jpeg, train_tiny, write_imagenet
 
 from mambaout_jax import config as configuration
-from mambaout_jax.build import evaluate_workdir
 from mambaout_jax.errors import UserError
+from mambaout_jax.evaluate_run import evaluate_workdir
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.recorder import Recorder
 from mambaout_jax.weights.store import load_weights

@@ -19,7 +19,7 @@ RANKS = (
     ("inference",),
     ("training",),
     ("config",),
-    ("build",),
+    ("build", "build_data", "evaluate_run"),
     ("planning",),
     ("cli", "__main__", "__init__"),
 )

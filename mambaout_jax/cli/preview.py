@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from mambaout_jax import build
+from mambaout_jax import build_data
 from mambaout_jax.config import check, check_command_line
 from mambaout_jax.data.preview import contact_sheet, save
 from mambaout_jax.errors import UserError
@@ -24,7 +24,7 @@ def main(_: list[str]) -> None:
     config = _CONFIG.value
     check(config)
     config.data.workers = 0  # the sheet is finished before processes would have started
-    batches = build.build_train_batches(config)
+    batches = build_data.build_train_batches(config)
     sheet = contact_sheet(batches, _ROWS.value, _COLUMNS.value)
     batches.close()
     save(sheet, _OUTPUT.value)
