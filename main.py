@@ -35,7 +35,8 @@ from absl import logging as absl_logging
 from etils import epath
 from ml_collections import config_flags
 
-from mambaout_jax.config import check_command_line, given_keys
+from mambaout_jax.cli.flags import parse_flags
+from mambaout_jax.config import given_keys
 from mambaout_jax.errors import PreemptedError, StorageError, UserError
 from mambaout_jax.runtime.preemption import RESUME, StopRequest
 
@@ -44,16 +45,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or bucket path of the ru
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_run_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a mistake is a UserError."""
-    if not {"--help", "-help", "--helpfull", "--helpshort"}.intersection(argv):
-        check_command_line(argv)
-    try:
-        arguments = flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(str(error).replace("\n", " ")) from None
-    if len(arguments) > 1:
-        raise UserError(f"unexpected argument {arguments[1]!r}: expected --flag=value")
+    arguments = parse_flags(argv)
     if not _WORKDIR.value:
         raise UserError("no workdir: expected --workdir=DIR, such as --workdir=runs/tiny")
     return arguments
@@ -128,6 +122,6 @@ def run(workdir: epath.Path, stop: StopRequest) -> None:
 
 if __name__ == "__main__":
     try:
-        app.run(main, flags_parser=parse_flags)
+        app.run(main, flags_parser=parse_run_flags)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -130,7 +130,9 @@ def write_faces(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Rewrites the pages."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="the scratch folder, kept")
     parser.add_argument("pages", nargs="*", type=Path, help="pages, all unless given")
     args = parser.parse_args(argv)

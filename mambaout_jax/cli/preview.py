@@ -9,7 +9,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mambaout_jax import build_data
-from mambaout_jax.config import check, check_command_line
+from mambaout_jax.cli.flags import parse_flags
+from mambaout_jax.config import check
 from mambaout_jax.data.preview import contact_sheet, save
 from mambaout_jax.errors import UserError
 
@@ -31,14 +32,8 @@ def main(_: list[str]) -> None:
     print(f"wrote {_OUTPUT.value}")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    check_command_line(argv)
-    flags.mark_flag_as_required("config")
-    return app.parse_flags_with_usage(argv)
-
-
 if __name__ == "__main__":
     try:
-        app.run(main, flags_parser=_parse_flags)
+        app.run(main, flags_parser=parse_flags)
     except UserError as error:
         sys.exit(f"error: {error}")

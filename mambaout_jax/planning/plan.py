@@ -32,7 +32,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler tells of a step, a chip; times in seconds."""
+    """The compiler's figures for a step on one chip; times in seconds."""
 
     generation: Generation
     chips: int

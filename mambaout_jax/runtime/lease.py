@@ -36,11 +36,11 @@ class Owner:
     """Who holds a lease, as strings: the metadata of the lease's object.
 
     Attributes:
-        token: tells this lease from every other.
+        token: identifies this lease.
         process: number of the process.
         started: when the process started, in its machine's own units; "" where unknown.
         host: name of the host.
-        machine: tells apart what has process numbers of its own; "" where unknown.
+        machine: identifies the machine or container that numbers the process; "" where unknown.
         since: when the lease was taken.
     """
 

@@ -35,7 +35,7 @@ def join_processes() -> None:
     """Joins the other processes of the run; to be called before anything else of jax.
 
     On Cloud TPUs, GKE, SLURM and Open MPI jax finds them by itself. Elsewhere
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them. Where neither tells of
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them. If neither names
     others, the process runs alone.
 
     Raises:

@@ -135,7 +135,7 @@ def open_session(
     height, width = run.preprocessing.shape
     layer = count_total(run.model, (height, width, 3))
     logger.info(
-        "%s: %s parameters, %.2f GMACs at %dx%d; training images by %s",
+        "%s: %s parameters, %.3g GMACs at %dx%d; training images by %s",
         run.model_name,
         f"{layer.params:,}",
         layer.macs / 1e9,
@@ -174,9 +174,12 @@ def train_loop(
     ) as profiler:
         if not position.evaluated:
             late_evaluation(run, position, programs, session)
+        first = position.step
         while position.step < steps.total and position.evaluated:
             with clock.of(goodput.DATA):
                 batch = next_batch(run, session)
+            if position.step == first:  # the start of the loader is not part of the rates
+                progress.restart(first)
             step = position.step + 1
             inputs = global_batch({name: batch[name] for name in ("image", "label")}, run.mesh)
             with profiler.step(step):

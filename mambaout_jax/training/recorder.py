@@ -162,7 +162,7 @@ def draw_curves(rows: Sequence[Row], path: epath.Path, title: str = "") -> None:
     loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     loss.legend()
     top1.plot(epochs, [row["top1"] for row in rows], color="tab:orange")
-    best = max(rows, key=lambda row: row["top1"])
+    best = max(reversed(rows), key=lambda row: row["top1"])
     top1.plot(best["epoch"], best["top1"], "o", color="tab:orange")
     top1.set(
         xlabel="epoch",
