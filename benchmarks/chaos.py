@@ -103,7 +103,7 @@ def measure(folder: Path, workdirs: epath.Path, cell: str, seed: int) -> dict:
     after = run.text()[len(text) :]
     row["resumed"] = next(
         (line.split("resumed at ")[1] for line in after.splitlines() if "resumed at " in line),
-        "nothing was left to do" if "finished already" in after else "started anew",
+        "nothing was left to do" if "finished already" in after else "from step 0",
     )
     with lock:
         bad += differences(run, workdirs / "straight") if status == 0 else [f"then {status}"]
