@@ -5,7 +5,7 @@
 The same command again resumes the run. Keys are changed with --config.key=value.
 
 Exit codes: 0 the run is finished; 1 the last line says what to fix; 75 the run is saved, or another
-process of it was lost, and the same command resumes it; 130 a second Ctrl-C ended it at once.
+process was lost, and the same command resumes it; 130 a second Ctrl-C ended it at once.
 """
 
 import logging
@@ -54,7 +54,7 @@ def parse_run_flags(argv: list[str]) -> list[str]:
 
 
 def log_to_stderr() -> None:
-    """Logs the package's messages with the time of day; of other packages', warnings alone."""
+    """Logs the package's messages with the time of day; of other packages, only warnings."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     # Orbax's threads log a traceback of each error that a UserError reports.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)

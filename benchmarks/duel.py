@@ -105,7 +105,7 @@ def timm_command(config: dict[str, Any], workdir: Path) -> list[str]:
 
 
 def write_folders(config: Any, folder: Path) -> None:
-    """Writes a prepared data set as class folders, which timm reads."""
+    """Writes a prepared dataset as class folders, which timm reads."""
     dataset = build_dataset(config)
     for split in (dataset.train_split, dataset.eval_split):
         source = open_source(dataset, split)

@@ -1,4 +1,4 @@
-"""Sources: what they hand out, and one clear sentence for each mistake."""
+"""Sources: their examples, and one clear sentence for each mistake."""
 
 import io
 import json

@@ -67,7 +67,7 @@ def count_chips(name: str) -> int:
 
 
 def load_compiler(dumps: Path | None = None) -> None:
-    """Readies libtpu, to be called once, before any topology is asked for.
+    """Prepares libtpu; call it once, before any topology is used.
 
     With `dumps` it writes the schedules of all that it compiles into that folder.
 

@@ -1,6 +1,6 @@
 """A lease on a workdir in a bucket: one command at a time, as a lock does on a disk.
 
-The lease is the object WORKDIR/lock. Its holder writes it anew every RENEW_SECONDS, on the
+The lease is the object WORKDIR/lock. Its holder rewrites it every RENEW_SECONDS, on the
 condition that it is still as the holder left it (a generation precondition), so two processes
 cannot both hold it. A lease that is not renewed while another process watches it for LEASE_SECONDS
 is taken over; no clocks are compared. The lease of a process of this machine that no longer runs is

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What one command works with, from its start to its end."""
+    """The objects that a command uses from its start to its end."""
 
     workdir: epath.Path
     manager: ocp.CheckpointManager
@@ -94,7 +94,7 @@ def evaluate_and_record(
 
 
 def late_evaluation(run: Run, position: Position, programs: Programs, session: Session) -> None:
-    """Makes the evaluation that a stopped run owes, and adds it to the run's checkpoint."""
+    """Evaluates at the step where the run was stopped, and adds the result to its checkpoint."""
     position.evaluated = True
     if results := evaluate_and_record(run, position, programs, session):
         info = run.weights_info(results)

@@ -69,7 +69,7 @@ def open_checkpoints(workdir: epath.Path, keep: int) -> Iterator[ocp.CheckpointM
     except BaseException:
         # Of several processes the others may be gone, and the end of a save would wait for them.
         if jax.process_count() == 1:
-            with contextlib.suppress(Exception):  # the error that is raised says it already
+            with contextlib.suppress(Exception):  # the error that is raised is the same
                 manager.close()
         raise
     manager.close()

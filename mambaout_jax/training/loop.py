@@ -47,7 +47,7 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
     """Trains, evaluates and saves; resumes the run that the workdir holds.
 
     Raises:
-        UserError: when the user has to mend something; a new workdir without a step is removed.
+        UserError: when the user has to fix something; a new workdir without a step is removed.
         PreemptedError: when the run was asked to stop; it is saved.
     """
     clock = Goodput()
@@ -84,7 +84,7 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
 def newest_position(
     run: Run, target: TrainState, manager: ocp.CheckpointManager, workdir: epath.Path
 ) -> Position | None:
-    """Returns where the newest undamaged checkpoint stands, None without any.
+    """Returns the position of the newest undamaged checkpoint, None without any.
 
     Raises:
         UserError: when it is another run's, or all are damaged.
@@ -107,7 +107,7 @@ def newest_position(
 
 
 def first_position(run: Run, init_key: jax.Array, shardings: TrainState) -> Position:
-    """Returns where a run stands before its first step.
+    """Returns the position before the first step.
 
     Raises:
         UserError: when the weights to start from cannot be read, or do not fit.
@@ -143,7 +143,7 @@ def open_session(
         width,
         run.batches.made_by,
     )
-    # Two FLOPs a multiply-accumulate; a training step costs three forward passes.
+    # Two FLOPs per multiply-accumulate; a training step takes three forward passes.
     peak = peak_flops(jax.devices()[0].device_kind)
     images = peak * jax.device_count() / (6 * layer.macs) if peak else None
     recorder = Recorder(

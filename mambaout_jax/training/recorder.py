@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.csv, curves.png, TensorBoard events; wandb if asked."""
+"""Records metrics: metrics.csv, curves.png, TensorBoard events, and optionally wandb."""
 
 import csv
 import io
@@ -38,7 +38,7 @@ class Recorder:
         wandb_project: str = "",
         enabled: bool = True,
     ):
-        """Goes on from a step; metrics.csv is written again with the next row.
+        """Continues from a step; metrics.csv is written again with the next row.
 
         Args:
             workdir: of the run.

@@ -135,7 +135,7 @@ def damage_as_sentence() -> Iterator[None]:
 
 @jax.jit
 def state_fingerprint(state: Any) -> jax.Array:
-    """Returns the uint32 by which checkpoints from before format 1 prove their arrays."""
+    """Returns the uint32 that checkpoints from before format 1 store to verify their arrays."""
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(state):
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
