@@ -1,6 +1,8 @@
 """Small runs on the embedded digits, in this process."""
 
+import json
 from pathlib import Path
+from unittest import mock
 
 from etils import epath
 
@@ -8,6 +10,7 @@ from mambaout_jax import config as configuration
 from mambaout_jax.build import build_run
 from mambaout_jax.runtime.preemption import StopRequest
 from mambaout_jax.training import loop
+from mambaout_jax.training.programs import compile_programs
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +35,18 @@ def small_config(**keys):
     return config
 
 
+_programs = {}
+
+
+def compile_once(run, *arguments):
+    """Compiles a config once in this process: in most tests it is not what differs."""
+    record = json.dumps(dict(run.record), sort_keys=True)
+    if record not in _programs:
+        _programs[record] = compile_programs(run, *arguments)
+    return _programs[record]
+
+
 def train(config, workdir):
     """Trains as main.py does."""
-    with StopRequest() as stop:
+    with StopRequest() as stop, mock.patch.object(loop, "compile_programs", compile_once):
         loop.train(build_run(config), epath.Path(workdir), stop)

@@ -253,6 +253,7 @@ def test_files_that_are_no_images_are_named_and_leave_no_workdir(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_tiny_trains_on_a_small_imagenet(tmp_path):
     """The paper's configuration, as a user starts it, on TFDS's imagenet2012 at few pixels."""
     data = write_imagenet(tmp_path / "data", train=32, validation=6)

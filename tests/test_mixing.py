@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from configs import default
 from mambaout_jax import config as configuration
@@ -17,7 +18,14 @@ from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
 from mambaout_jax.runtime.sharding import BATCH, make_mesh, over_mesh, state_shardings
 from mambaout_jax.training.erasing import random_erasing
-from mambaout_jax.training.mixing import Mixing, augment_batch, check_group, mixup_cutmix, partners
+from mambaout_jax.training.mixing import (
+    Mixing,
+    _symmetric_beta,
+    augment_batch,
+    check_group,
+    mixup_cutmix,
+    partners,
+)
 from mambaout_jax.training.state import init_params, init_state
 from mambaout_jax.training.step import compile_train_step
 
@@ -185,7 +193,7 @@ def test_each_group_has_its_own_draw_and_pairs_within_itself():
         np.testing.assert_allclose(targets[own], expected, atol=1e-5)
         pasted = mixed[own] == images[other]
         kept = mixed[own] == images[own]
-        if (pasted | kept).all():  # one box, the same for all
+        if (pasted | kept).all() and not pasted.all():  # one box, the same for all
             inside = (pasted & ~kept).any((0, 3))
             assert kept[:, ~inside].all()
             assert pasted[:, inside].all()
@@ -286,6 +294,15 @@ def test_groups_are_mixed_as_timm_mixes_its_loaders_batches(options):
     np.testing.assert_allclose(targets[::2, :2], targets[1::2, 1::-1], atol=1e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0, 8.0])
+def test_the_weight_is_beta_distributed(alpha):
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    drawn = np.asarray(jax.vmap(lambda key: _symmetric_beta(key, alpha))(keys))
+    low = drawn[drawn < 0.5]  # float32 rounds numbers near 1 to 1
+    assert len(low) == pytest.approx(10_000, abs=4 * math.sqrt(5_000))
+    assert stats.kstest(2 * stats.beta(alpha, alpha).cdf(low), "uniform").pvalue > 1e-3
+
+
 @pytest.mark.parametrize(
     ("group", "repeats", "batch", "message"),
     [
@@ -372,12 +389,17 @@ def test_the_compiled_step_sends_gradients_alone():
         "image": jax.ShapeDtypeStruct((512, 32, 32, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((512,), jnp.int32),
     }
-    recipe, key = build_recipe(config, steps_per_epoch=10), jax.eval_shape(jax.random.key, 0)
+    recipe, key = build_recipe(config, 10), jax.ShapeDtypeStruct((2,), jnp.uint32)
     assert (512 // mesh.size, recipe.mixup_group) == (64, 128)
     step = compile_train_step(model, optimizer, recipe, state_shardings(state, mesh), mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = step.lower(state, batch, key).compile()
+        traced = step.trace(state, batch, key)
+    for platform in ("cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "stablehlo.while" not in text, "the host of a GPU would wait in each iteration"
+        for call in ("infeed", "outfeed", "callback", "send", "recv"):
+            assert not re.search(rf"stablehlo\.{call}\b|custom_call @\S*{call}", text), call
+    compiled = traced.lower().compile()
     assert set(exchanged(compiled)) == {"all-reduce"}
     reduced = re.findall(r" all-reduce(?:-start)?\(.*op_name=\"([^\"]*)", compiled.as_text())
     assert [name for name in reduced if "transpose" in name]
-    assert not [name for name in reduced if "while" in name], "the draws' rejection sampling"

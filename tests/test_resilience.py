@@ -27,7 +27,7 @@ from mambaout_jax.errors import PreemptedError, StorageError, UserError
 from mambaout_jax.files import write_file
 from mambaout_jax.runtime import storage
 from mambaout_jax.runtime.compilation import use_compilation_cache
-from mambaout_jax.runtime.goodput import COMPILE, DATA, DEVICE, Goodput
+from mambaout_jax.runtime.goodput import COMPILE, DATA, DEVICE, Goodput, divide
 from mambaout_jax.runtime.profiler import Profiler
 from mambaout_jax.runtime.workdir import lock_workdir
 from mambaout_jax.training import between_steps, checkpoint, restore
@@ -368,15 +368,31 @@ def test_a_gradient_that_is_not_finite_shows_in_the_loss_and_changes_no_paramete
 
 def test_the_parts_of_the_time_sum_to_one():
     clock = Goodput()
-    for part in (DATA, DEVICE, COMPILE):
-        with clock.of(part):
-            time.sleep(0.01)
+    with clock.of(COMPILE):
+        step = jax.jit(lambda x: x @ x).lower(jnp.ones((500, 500))).compile()
+    for _ in range(3):
+        with clock.waiting_for_batch():
+            time.sleep(0.05)
+        clock.dispatched(time.perf_counter(), step(jnp.ones((500, 500))))
     shares = clock.shares()
     assert sum(shares.values()) == pytest.approx(1)
     assert min(shares[part] for part in (DATA, DEVICE, COMPILE)) > 0
     assert re.search(
         r"data wait \d.*device \d.*checkpoint .*evaluation .*compile \d.*host", clock.line()
     )
+    clock.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "waited", "start", "end", "starved", "busy"),
+    [
+        (10.0, (3.0, 4.0), 5.0, 12.0, 0.0, 2.0),  # dispatched ahead: the batch came in time
+        (10.0, (7.0, 11.0), 12.0, 15.0, 1.0, 3.0),  # of the wait, only what followed the last step
+        (10.0, (11.0, 14.0), 15.0, 16.0, 3.0, 1.0),  # the rest of the pause is the host's
+    ],
+)
+def test_only_what_devices_wait_for_counts_as_waiting(before, waited, start, end, starved, busy):
+    assert divide(before, waited, start, end) == (starved, busy)
 
 
 def test_the_profiler_traces_the_steps_it_is_asked_for(tmp_path):

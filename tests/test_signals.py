@@ -68,7 +68,10 @@ def straight(no_signal_is_ignored, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_the_group_saves_and_the_run_resumes_to_the_same_bits(
     number, straight, tmp_path
 ):

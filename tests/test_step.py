@@ -28,6 +28,7 @@ from mambaout_jax.training.optimizer import decay_mask, make_optimizer
 from mambaout_jax.training.state import init_params, init_state
 from mambaout_jax.training.step import Recipe, compile_train_step, train_step, update_step
 
+KEY_DATA = jax.random.key_data(jax.random.key(0))
 RECIPE = Recipe(num_classes=10, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), label_smoothing=0.1)
 
 
@@ -196,7 +197,7 @@ def test_sharded_steps_equal_one_device(fsdp):
     for i in range(20):
         batch = batch_of(16, seed=i)
         alone, expected = single(alone, batch, jax.random.key(0))
-        state, metrics = step(state, global_batch(batch, mesh), jax.random.key(0))
+        state, metrics = step(state, global_batch(batch, mesh), KEY_DATA)
         np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
     assert step._cache_size() == 1
 
@@ -212,7 +213,7 @@ def test_a_step_donates_its_state_and_evaluation_nothing():
     assert not state.params["head"]["fc2"]["kernel"].is_deleted()
     del batch["mask"]
     step = compile_train_step(model, optimizer, RECIPE, shardings, mesh)
-    step(state, batch, jax.random.key(0))
+    step(state, batch, KEY_DATA)
     assert state.params["head"]["fc2"]["kernel"].is_deleted()
     assert not batch["image"].is_deleted()
 
@@ -224,7 +225,7 @@ def test_no_step_gathers_activations():
     shardings = state_shardings(state, mesh)
     recipe = dataclasses.replace(RECIPE, mixup=0.8, cutmix=1.0, random_erasing=0.25)
     step = compile_train_step(model, optimizer, recipe, shardings, mesh)
-    compiled = step.lower(state, batch_of(16), jax.random.key(0)).compile().as_text()
+    compiled = step.lower(state, batch_of(16), KEY_DATA).compile().as_text()
     assert "all-reduce" in compiled
     assert "all-gather" not in compiled
 
@@ -233,7 +234,7 @@ def test_tpu_kernels_run_on_each_devices_part_of_the_batch():
     model, optimizer, mesh = small_model(depthwise="pallas_tpu"), optimizer_of(), make_mesh(2)
     state = jax.eval_shape(lambda: init_state(golden.params(model), optimizer, ema=False))
     step = compile_train_step(model, optimizer, RECIPE, state_shardings(state, mesh), mesh)
-    traced = step.trace(state, batch_of(16), jax.random.key(0)).jaxpr
+    traced = step.trace(state, batch_of(16), KEY_DATA).jaxpr
     specs = [e.params["in_specs"] for e in traced.eqns if e.primitive.name == "shard_map"]
     assert specs
     assert all(spec[0] == P(("data", "fsdp")) for spec in specs)

@@ -1,37 +1,58 @@
 """Measures how the time of a run is divided: data, device, checkpoints, evaluation, compilation."""
 
 import contextlib
+import queue
+import threading
 import time
 from collections.abc import Iterator
 
+import jax
+
 DATA, DEVICE, SAVE, EVALUATE, COMPILE = "data wait", "device", "checkpoint", "evaluation", "compile"
-HOST = "host"  # the rest: the main thread prepares and dispatches steps
+HOST = "host"  # the rest: the devices wait for the main thread to prepare and dispatch a step
 
 
 class Goodput:
-    """Counts the seconds of the main thread since the run began.
+    """Divides the time since the run began, by what the devices do or wait for.
 
-    While the device computes, the main thread waits for it ("device"), waits for batches ("data
-    wait"), or works ("host"). Steps are dispatched ahead, so "host" and "data wait" are time that
-    the device may be computing too: a run is starved when "data wait" is high and "device" is near
-    0. Compilation is measured by jax, and subtracted from the part that it happened in.
+    "device" is the time in which they compute training steps. While they do not, they wait for a
+    batch ("data wait") or for the main thread ("host"), unless the run evaluates, saves or
+    compiles. What the main thread does while the devices compute is not counted: steps are
+    dispatched ahead. A thread waits for the result of each step, to note when it ended.
     """
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.seconds = dict.fromkeys((DATA, DEVICE, SAVE, EVALUATE, COMPILE), 0.0)
+        self._waited = (self.began, self.began)  # for the next step's batch: from, to
+        self._ended = self.began  # the last step
+        self._steps: queue.Queue[tuple[float, tuple[float, float], jax.Array] | None]
+        self._steps = queue.Queue()
+        threading.Thread(target=self._watch, name="goodput", daemon=True).start()
 
     @contextlib.contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """Counts the time inside as `part`."""
+        """Counts the time inside as `part`, which is SAVE, EVALUATE or COMPILE."""
         start = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def waiting_for_batch(self) -> Iterator[None]:
+        """Notes when the main thread waits for the batch of the next step."""
+        start = time.perf_counter()
+        yield
+        self._waited = (start, time.perf_counter())
+
+    def dispatched(self, start: float, result: jax.Array) -> None:
+        """Notes a step: when its dispatch began, by `time.perf_counter`, and one of its results."""
+        self._steps.put((start, self._waited, result))
+
     def elapsed(self) -> dict[str, float]:
-        """Returns the seconds of each part since the beginning; HOST is the rest."""
+        """Returns the seconds of each part since the beginning, after the last dispatched step."""
+        self._steps.join()
         total = time.perf_counter() - self.began
         return self.seconds | {HOST: total - sum(self.seconds.values())}
 
@@ -45,3 +66,34 @@ class Goodput:
         """Returns the parts as one line of text."""
         parts = ", ".join(f"{part} {share:.1%}" for part, share in self.shares().items())
         return f"time of {time.perf_counter() - self.began:,.0f} s: {parts}"
+
+    def close(self) -> None:
+        """Ends the thread after the steps that were dispatched. Does not wait for it."""
+        self._steps.put(None)
+
+    def _watch(self) -> None:
+        while (step := self._steps.get()) is not None:
+            start, waited, result = step
+            with contextlib.suppress(Exception):  # of the step: the main thread raises it, too
+                result.block_until_ready()
+            end = time.perf_counter()
+            starved, busy = divide(self._ended, waited, start, end)
+            self.seconds[DATA] += starved
+            self.seconds[DEVICE] += busy
+            self._ended = end
+            self._steps.task_done()
+
+
+def divide(
+    before: float, waited: tuple[float, float], start: float, end: float
+) -> tuple[float, float]:
+    """Returns the seconds in which the devices had no batch, and those in which they computed.
+
+    Args:
+        before: when the step before this one ended.
+        waited: when the main thread began and ended to wait for the batch.
+        start: when the dispatch of the step began.
+        end: when the step ended.
+    """
+    starved = max(0.0, waited[1] - max(waited[0], before))
+    return starved, end - max(start, before)

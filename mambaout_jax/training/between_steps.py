@@ -38,8 +38,7 @@ class Session:
 
 def log_interval(run: Run, position: Position, session: Session) -> None:
     """Reads the losses since the last log line, and shows the interval."""
-    with session.clock.of(goodput.DEVICE):
-        position.losses.read()
+    position.losses.read()
     rate = learning_rate(run, position.step)
     shown = session.progress.show(position.step, position.losses.last, rate)
     values = {"train/loss": position.losses.last, "learning_rate": rate}
@@ -52,8 +51,7 @@ def evaluate_and_record(
 ) -> dict[str, float] | None:
     """Evaluates, and records a row; None and `position.evaluated` False when asked to stop."""
     step, steps = position.step, run.steps
-    with session.clock.of(goodput.DEVICE):
-        position.losses.read()
+    position.losses.read()
     try:
         with session.clock.of(goodput.EVALUATE):
             params = position.state.eval_params
@@ -103,6 +101,7 @@ def late_evaluation(run: Run, position: Position, programs: Programs, session: S
 
 def save(run: Run, position: Position, results: dict[str, float] | None, session: Session) -> None:
     """Starts to save a checkpoint."""
+    position.losses.read()
     with session.clock.of(goodput.SAVE):
         keep_record(session.workdir, run.record)
         info = run.weights_info(results)

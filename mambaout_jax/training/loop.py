@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 
 import jax
 import numpy as np
@@ -59,6 +60,7 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
     shardings = state_shardings(abstract, run.mesh)
     target = abstract_state(abstract, shardings)
     with contextlib.ExitStack() as stack:
+        stack.callback(clock.close)
         stack.callback(run.batches.close)
         stack.enter_context(hold_workdir(workdir, run.record, run.free_keys, run.added_keys))
         manager = stack.enter_context(checkpoint.open_checkpoints(workdir, run.keep_checkpoints))
@@ -67,12 +69,12 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
             logger.info("finished already: %s", summary(run, position, manager, workdir))
             return
         with clock.of(goodput.COMPILE):
-            programs = compile_programs(run, target)
+            programs = compile_programs(run, target, train_key)
         if position is None:
             position = first_position(run, init_key, shardings)
         session = open_session(run, position, workdir, manager, clock, stop, stack)
         stop.saves = True
-        train_loop(run, position, programs, train_key, session)
+        train_loop(run, position, programs, session)
         with clock.of(goodput.SAVE):
             checkpoint.finish(manager)
         logger.info("%s", clock.line())
@@ -161,9 +163,7 @@ def open_session(
     return Session(workdir, manager, clock, stop, recorder, progress)
 
 
-def train_loop(
-    run: Run, position: Position, programs: Programs, key: jax.Array, session: Session
-) -> None:
+def train_loop(run: Run, position: Position, programs: Programs, session: Session) -> None:
     """Runs the steps that are left, with evaluations and saves, until the end or a stop request.
 
     Between two log lines nothing is read from the devices, and nothing else is computed on them.
@@ -176,20 +176,21 @@ def train_loop(
             late_evaluation(run, position, programs, session)
         first = position.step
         while position.step < steps.total and position.evaluated:
-            with clock.of(goodput.DATA):
+            with clock.waiting_for_batch():
                 batch = next_batch(run, session)
-            if position.step == first:  # the start of the loader is not part of the rates
-                progress.restart(first)
+            start = time.perf_counter()
             step = position.step + 1
             inputs = global_batch({name: batch[name] for name in ("image", "label")}, run.mesh)
             with profiler.step(step):
-                position.state, metrics = programs.train_step(position.state, inputs, key)
+                position.state, metrics = programs.train_step(position.state, inputs)
             position.step = step
-            with clock.of(goodput.DEVICE):
-                position.losses.push(step, metrics["loss"])
+            clock.dispatched(start, metrics["loss"])
+            position.losses.push(step, metrics["loss"])
             progress.advance()
             if step % steps.log_every == 0:
                 log_interval(run, position, session)
+            elif step == first + 1:  # the rates leave out the first step and the loader's start
+                progress.restart(step)
             results = None
             if step % steps.evaluate_every == 0 or step == steps.total:
                 results = evaluate_and_record(run, position, programs, session)

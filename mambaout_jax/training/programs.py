@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.inference.evaluate import compile_eval_step
 from mambaout_jax.runtime.sharding import BATCH
@@ -18,18 +19,19 @@ from mambaout_jax.training.step import compile_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled steps."""
+    """The compiled steps: of a state and a batch, and of parameters and a batch."""
 
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., dict[str, jax.Array]]
 
 
-def compile_programs(run: Run, target: TrainState) -> Programs:
+def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
     """Compiles the training step, and the evaluation step in another thread meanwhile.
 
     Args:
         run: its model, optimizer, recipe and mesh.
         target: shapes and shardings of the state.
+        key: of the training steps.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     train_step = compile_train_step(run.model, run.optimizer, run.recipe, shardings, run.mesh)
@@ -45,9 +47,13 @@ def compile_programs(run: Run, target: TrainState) -> Programs:
     pool.shutdown(wait=False)
     batch = abstract_batch(run.batch_size, run.preprocessing.shape, run.mesh)
     del batch["mask"]
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    compiled = train_step.lower(target, batch, key).compile()
-    return Programs(compiled, lambda *arguments: evaluation.result()(*arguments))
+    # On each device before the first step, so that no step moves it.
+    key_data = jax.device_put(np.asarray(jax.random.key_data(key)), NamedSharding(run.mesh, P()))
+    compiled = train_step.lower(target, batch, key_data).compile()
+    return Programs(
+        lambda state, batch: compiled(state, batch, key_data),
+        lambda *arguments: evaluation.result()(*arguments),
+    )
 
 
 def abstract_batch(

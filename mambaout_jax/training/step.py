@@ -161,10 +161,19 @@ def compile_train_step(
     shardings: Any,
     mesh: Mesh,
 ) -> Any:
-    """Returns the jitted `train_step` over the mesh; it donates the state and nothing else."""
+    """Returns the jitted `train_step` over the mesh; it donates the state and nothing else.
+
+    It takes the data of the key, uint32 [2]: a call with a key takes the host several times as long
+    (jax dispatches calls with key arrays in Python).
+    """
     replicated = NamedSharding(mesh, P())
+
+    def step(state: TrainState, batch: Batch, key_data: jax.Array) -> Any:
+        key = jax.random.wrap_key_data(key_data)
+        return train_step(state, batch, key, model=model, optimizer=optimizer, recipe=recipe)
+
     return jax.jit(
-        over_mesh(train_step, mesh, model=model, optimizer=optimizer, recipe=recipe),
+        over_mesh(step, mesh),
         in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,

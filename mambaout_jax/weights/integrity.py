@@ -80,7 +80,8 @@ def _sums(arrays: list[Any]) -> list[tuple[int, int]]:
     """Returns the two sums of each array, computed where the arrays are."""
     if not any(isinstance(array, jax.Array) for array in arrays):
         return [_numpy_sums(np.asarray(array)) for array in arrays]
-    return [tuple(sums) for sums in np.asarray(_compiled_sums(_mesh(arrays))(arrays)).tolist()]
+    sums = _compiled_sums(_mesh(arrays))
+    return [tuple(pair.tolist()) for pair in jax.device_get([sums(array) for array in arrays])]
 
 
 def _mesh(arrays: list[Any]) -> Any:
@@ -93,9 +94,12 @@ def _mesh(arrays: list[Any]) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _compiled_sums(mesh: Any) -> Any:
-    """Returns the jitted sums of a list of arrays; every process of the mesh gets all of them."""
+    """Returns the jitted sums of an array, which every process of the mesh gets.
+
+    One program for each shape compiles faster than one for all arrays, many of which are alike.
+    """
     replicated = NamedSharding(mesh, P()) if mesh is not None else None
-    return jax.jit(lambda arrays: jnp.stack(list(map(_jax_sums, arrays))), out_shardings=replicated)
+    return jax.jit(_jax_sums, out_shardings=replicated)
 
 
 def _jax_sums(array: jax.Array) -> jax.Array:
