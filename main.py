@@ -5,7 +5,7 @@
 The same command again resumes the run. Keys are changed with --config.key=value.
 
 Exit codes: 0 the run is finished; 1 the last line says what to fix; 75 the run is saved, or another
-process of it was lost, and the same command resumes it; 130 a second Ctrl-C ended it at once.
+process was lost, and the same command resumes it; 130 a second Ctrl-C ended it at once.
 """
 
 import logging
@@ -35,7 +35,8 @@ from absl import logging as absl_logging
 from etils import epath
 from ml_collections import config_flags
 
-from mambaout_jax.config import check_command_line, given_keys
+from mambaout_jax.cli.flags import parse_flags
+from mambaout_jax.config import given_keys
 from mambaout_jax.errors import PreemptedError, StorageError, UserError
 from mambaout_jax.runtime.preemption import RESUME, StopRequest
 
@@ -44,23 +45,16 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder or bucket path of the ru
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_run_flags(argv: list[str]) -> list[str]:
     """Parses the command line; a mistake is a UserError."""
-    if not {"--help", "-help", "--helpfull", "--helpshort"}.intersection(argv):
-        check_command_line(argv)
-    try:
-        arguments = flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(str(error).replace("\n", " ")) from None
-    if len(arguments) > 1:
-        raise UserError(f"unexpected argument {arguments[1]!r}: expected --flag=value")
+    arguments = parse_flags(argv)
     if not _WORKDIR.value:
         raise UserError("no workdir: expected --workdir=DIR, such as --workdir=runs/tiny")
     return arguments
 
 
 def log_to_stderr() -> None:
-    """Logs the package's messages with the time of day; of other packages', warnings alone."""
+    """Logs the package's messages with the time of day; of other packages, only warnings."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     # Orbax's threads log a traceback of each error that a UserError reports.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -115,18 +109,19 @@ def main(argv: list[str]) -> None:
 
 def run(workdir: epath.Path, stop: StopRequest) -> None:
     """Trains or evaluates."""
-    from mambaout_jax import build
-
     if _MODE.value == "eval":
-        build.evaluate_workdir(_CONFIG.value, workdir, given_keys(sys.argv))
+        from mambaout_jax.evaluate_run import evaluate_workdir
+
+        evaluate_workdir(_CONFIG.value, workdir, given_keys(sys.argv))
         return
+    from mambaout_jax.build import build_run
     from mambaout_jax.training.loop import train
 
-    train(build.build_run(_CONFIG.value), workdir, stop)
+    train(build_run(_CONFIG.value), workdir, stop)
 
 
 if __name__ == "__main__":
     try:
-        app.run(main, flags_parser=parse_flags)
+        app.run(main, flags_parser=parse_run_flags)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -1,16 +1,18 @@
-"""bfloat16 inference beside float32: how far the logits move, and whether the answer stays.
+"""Compares bfloat16 inference with float32: the error of the logits, and changes of the top-1.
 
 A network trained by configs/quickstart.py on the digits held out from its training, and variants
 with random weights on crops of the two photographs that scikit-learn ships:
 
   python benchmarks/bf16_inference.py --weights runs/quickstart --random mambaout_femto
 
-A random network's logits lie closer together than a trained one's, so that its agreement is the
-harder test. float32 runs at the highest matmul precision.
+The logits of a random network lie closer together than those of a trained one, so its agreement
+is the harder test. float32 runs at the highest matmul precision.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from configs import quickstart
-from mambaout_jax.build import build_dataset
+from mambaout_jax.build_data import build_dataset
 from mambaout_jax.data.preprocess import preprocess_image
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.inference.predictor import forward
@@ -61,17 +65,17 @@ def crops(info: WeightsInfo, count: int) -> np.ndarray:
     photographs = load_sample_images().images
     random = np.random.default_rng(1)
     height, width = info.preprocessing.shape
-    pictures = []
+    images = []
     for i in range(count):
         photograph = photographs[i % len(photographs)]
         y = random.integers(photograph.shape[0] - height + 1)
         x = random.integers(photograph.shape[1] - width + 1)
-        pictures.append(photograph[y : y + height, x : x + width])
-    return np.stack(pictures)
+        images.append(photograph[y : y + height, x : x + width])
+    return np.stack(images)
 
 
 def logits_of(info: WeightsInfo, params: Any, images: np.ndarray, dtype: Any) -> np.ndarray:
-    """Returns the logits of all pictures, float32 [N, classes]."""
+    """Returns the logits of all images, float32 [N, classes]."""
     model = info.create_model(dtype=dtype)
     apply = jax.jit(lambda p, x: forward(p, x, model=model, preprocessing=info.preprocessing))
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
@@ -80,7 +84,7 @@ def logits_of(info: WeightsInfo, params: Any, images: np.ndarray, dtype: Any) ->
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[str, WeightsInfo, Any, np.ndarray]]:
-    """Yields a title, the weights and the pictures of each comparison."""
+    """Yields a title, the weights and the images of each comparison."""
     for path in args.weights:
         params, info = read_weights(path)
         yield f"{path} ({info.model})", info, params, digits(info)
@@ -91,13 +95,15 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, WeightsInfo, Any, np.
 
 def main() -> None:
     """Prints a row of a table for each network."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", nargs="*", default=[], help="runs on the digits")
     parser.add_argument("--random", nargs="*", default=[], help="variants")
-    parser.add_argument("--crops", type=int, default=_BATCH, help="pictures for --random")
+    parser.add_argument("--crops", type=int, default=_BATCH, help="images for --random")
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print("| network | pictures | logits' deviation | error, rms | error, largest | top-1 agrees |")
+    print("| network | images | logits' deviation | error, rms | error, largest | top-1 agrees |")
     for title, info, params, images in cases(args):
         exact = logits_of(info, params, images, jnp.float32)
         error = logits_of(info, params, images, jnp.bfloat16) - exact

@@ -5,7 +5,7 @@
     python benchmarks/chaos.py --faults=sigkill --workdirs=gs://BUCKET/chaos
 
 Each cell is a run of its own: a kind of fault (`chaos_faults.py`) at a random instance of a moment.
-Then what can be mended is mended, such as a full disk, and the same command finishes the run.
+Then what can be repaired is repaired, such as a full disk, and the same command finishes the run.
 Parameters, optimizer, averages, metrics.csv and the curves that TensorBoard shows must be those of
 a run that was not disturbed, bit for bit. The results are kept in FOLDER/results.jsonl, with the
 last line of each disturbed run: the same command makes the cells that are missing. The table has
@@ -56,7 +56,7 @@ def wait_for_moment(run: Run, moment: str, random_: random.Random) -> None:
 
 
 def disturb(run: Run, fault: Fault, moment: str, random_: random.Random, library: Path) -> dict:
-    """Starts a run, disturbs it and mends the fault; returns what was seen."""
+    """Starts a run, injects the fault and repairs it; returns what was seen."""
     environment = {}
     if fault.preloads:
         environment = {
@@ -103,7 +103,7 @@ def measure(folder: Path, workdirs: epath.Path, cell: str, seed: int) -> dict:
     after = run.text()[len(text) :]
     row["resumed"] = next(
         (line.split("resumed at ")[1] for line in after.splitlines() if "resumed at " in line),
-        "nothing was left to do" if "finished already" in after else "started anew",
+        "nothing was left to do" if "finished already" in after else "from step 0",
     )
     with lock:
         bad += differences(run, workdirs / "straight") if status == 0 else [f"then {status}"]

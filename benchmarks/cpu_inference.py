@@ -1,13 +1,13 @@
-"""CPU inference, ours beside timm's network in torch: milliseconds a batch, same cores, one run.
+"""Compares CPU inference with timm's network in torch: milliseconds per batch, on the same cores.
 
-Each side is a process of its own, and they take turns, a few batches each, so that what else the
-machine does falls on both. timm runs in an environment of its own:
+Each side runs in its own process. They take turns, a few batches each, so that other load on the
+machine affects both. timm runs in its own environment:
 
   python -m venv /tmp/timm && /tmp/timm/bin/pip install timm torch
   python benchmarks/cpu_inference.py --timm_python=/tmp/timm/bin/python
 
 Weights are random, float32, 224 pixels; torch runs eagerly in inference mode. A ratio above 1
-means that ours is the faster.
+means that this package is faster.
 """
 
 import argparse
@@ -103,7 +103,9 @@ def compare(args: argparse.Namespace, model: str, batch: int) -> None:
 
 def main() -> None:
     """Parses the flags."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["mambaout_femto", "mambaout_tiny"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--turns", type=int, default=9)

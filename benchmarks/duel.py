@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import duel_report
 
 from mambaout_jax import config as configuration
-from mambaout_jax.build import build_dataset
+from mambaout_jax.build_data import build_dataset
 from mambaout_jax.data.sources import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +105,7 @@ def timm_command(config: dict[str, Any], workdir: Path) -> list[str]:
 
 
 def write_folders(config: Any, folder: Path) -> None:
-    """Writes a prepared data set as class folders, which timm reads."""
+    """Writes a prepared dataset as class folders, which timm reads."""
     dataset = build_dataset(config)
     for split in (dataset.train_split, dataset.eval_split):
         source = open_source(dataset, split)

@@ -1,14 +1,14 @@
-"""A training step and inference on one GPU, ours beside timm's under torch.compile: images/s.
+"""Compares training and inference on one GPU with timm under torch.compile, in images/s.
 
-Each side is a process of its own that keeps the GPU to itself; a model's sides run one after the
-other in the same run of this script:
+Each side runs in its own process with the GPU to itself. The two sides of a model run one after
+the other in the same run of this script:
 
   python benchmarks/gpu_step.py --models mambaout_femto mambaout_tiny --batch=256
 
 Both compute in bfloat16 at 224 pixels from images and labels that lie on the GPU, with random
 weights, label smoothing 0.1, the paper's drop path and AdamW. timm runs with channels_last,
-autocast, fused AdamW and torch.compile. Median of several rounds. A ratio above 1 means that ours
-is the faster.
+autocast, fused AdamW and torch.compile. Median of several rounds. A ratio above 1 means that
+this package is faster.
 """
 
 import argparse
@@ -141,7 +141,9 @@ def measure(side: str, model: str, batch: int, mode: str, depthwise: str) -> Non
 
 def main() -> None:
     """Parses the flags, runs each side and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=list(_DROP_PATH), choices=list(_DROP_PATH))
     parser.add_argument("--modes", nargs="+", default=["train", "infer"])
     parser.add_argument("--batch", type=int, default=256)

@@ -66,7 +66,7 @@ def write_images(directory: Path, count: int) -> None:
 def our_batches(options: argparse.Namespace, policy: str) -> Any:
     """Returns our training batches, endless."""
     from configs import default
-    from mambaout_jax.build import build_train_batches
+    from mambaout_jax.build_data import build_train_batches
 
     config = default.get_config()
     config.data.update(source="folder", dir=options.directory, num_classes=1)
@@ -232,7 +232,9 @@ def run_one(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Compares both sides, prints the table of workers, or runs one side."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--timm_python", default="python", help="of an environment with timm")
     parser.add_argument("--sides", nargs="+", default=_SIDES)
     parser.add_argument("--scaling", action="store_true", help="print a row for each --workers")

@@ -1,7 +1,7 @@
-"""Where the cycles of a training step on a TPU go, with no TPU at hand: the compiler's answers.
+"""Estimates the cycles of a training step on a TPU, without a TPU, from the compiler's output.
 
 The training step of the paper's recipe, augmentation and update included, is compiled for a
-topology on the CPU (`pip install 'mambaout_jax[plan]'`):
+topology on the CPU (`pip install -e '.[plan]'`):
 
   python benchmarks/tpu_static.py --model=mambaout_tiny --topology=v5e:2x2 --batch=128
 
@@ -58,7 +58,9 @@ def report(plan: Plan) -> None:
 
 def main() -> None:
     """Parses the flags."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="mambaout_tiny")
     parser.add_argument("--topology", default="v5e:2x2", help="as libtpu names it: v4:2x2x1, …")
     parser.add_argument("--batch", type=int, default=128, help="images a chip")

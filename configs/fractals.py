@@ -3,7 +3,7 @@
     python -m mambaout_jax.data.fractals --output=DIR
     python main.py --config=configs/fractals.py --workdir=runs/fractals --config.data.dir=DIR
 
-The paper's augmentation with a short schedule; benchmarks/duel.py runs it beside timm's trainer,
+The paper's augmentation with a short schedule; benchmarks/duel.py compares it with timm's trainer,
 and docs/reproduction.md has the results.
 """
 

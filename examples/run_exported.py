@@ -33,6 +33,8 @@ def load(path):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     network, labels = load(sys.argv[1])
     print(np.load(sys.argv[1])["preprocessing.json"].decode())
     print(f"{len(labels)} classes: {labels[0]}, {labels[1]}, …")

@@ -33,7 +33,7 @@ _CLIENTS = (
     "google.auth.exceptions",
     "requests.exceptions",
 )
-# Error numbers of storage that fails for a while, on a disk or a network.
+# Error numbers of temporary faults of a disk or a network.
 TRANSIENT_ERRORS = (5, 11, 16, 70, 103, 104, 110, 111, 113, 116, 121)
 GRANT = "grant it roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
 
@@ -126,7 +126,7 @@ def storage_client() -> Any:
 
 @functools.cache
 def set_up_gcsfs() -> None:
-    """Makes epath see what other processes write, and keeps failed tries out of the log."""
+    """Makes epath see what other processes write, and keeps failed attempts out of the log."""
     import fsspec.config
     import gcsfs  # noqa: F401
 
@@ -151,7 +151,7 @@ def io_errors(path: epath.PathLike, *local: type[Exception]) -> tuple[type[Excep
 
 
 def http_status(error: BaseException) -> int:
-    """Returns the HTTP status that an error of one of the clients stands for, 0 for none.
+    """Returns the HTTP status of an error of one of the clients, 0 for none.
 
     A server that cannot be reached counts as one that is unavailable, 503.
     """
@@ -182,7 +182,7 @@ def reason(error: BaseException) -> str:
 
 
 def failed(what: str, error: BaseException) -> UserError:
-    """Returns what to raise for an access that failed for good, by what may help.
+    """Returns the error to raise for an access that failed after all retries.
 
     Returns:
         A StorageError where a later attempt may succeed, an AccessError where access is refused, a

@@ -2,35 +2,24 @@
 
 import json
 import logging
-from collections.abc import Collection
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from etils import epath
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
-from mambaout_jax.bucket import absolute
+from mambaout_jax.build_data import build_eval_batches, build_preprocessing, build_train_batches
 from mambaout_jax.config import duration_steps
-from mambaout_jax.data.augment import Augmentation
-from mambaout_jax.data.loader import EvalBatches, LoaderOptions, TrainBatches
-from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from mambaout_jax.data.sources import Dataset, open_source
+from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from mambaout_jax.errors import UserError
-from mambaout_jax.files import write_json
-from mambaout_jax.inference.evaluate import describe
-from mambaout_jax.inference.evaluate_weights import evaluate_weights
 from mambaout_jax.models.mambaout import MambaOut, create_model
 from mambaout_jax.runtime.processes import all_or_none, check_alike
 from mambaout_jax.runtime.sharding import check_batch, make_mesh
-from mambaout_jax.runtime.workdir import RECORD, read_record
 from mambaout_jax.training.optimizer import make_optimizer
 from mambaout_jax.training.run import Run, Steps
 from mambaout_jax.training.schedule import CosineSchedule
 from mambaout_jax.training.step import Recipe
-from mambaout_jax.weights.load import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,90 +39,6 @@ def build_model(config: ConfigDict) -> MambaOut:
         gradient_dtype=jnp.dtype(config.model.gradient_dtype),
         remat=config.model.remat,
         depthwise=config.model.depthwise,
-    )
-
-
-def build_preprocessing(config: ConfigDict) -> Preprocessing:
-    """Returns how evaluation prepares its images."""
-    return Preprocessing(
-        size=config.data.image_size,
-        crop_pct=config.eval.crop_pct,
-        crop_mode=config.eval.crop_mode,
-        interpolation="bicubic",
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-    )
-
-
-def build_dataset(config: ConfigDict) -> Dataset:
-    """Returns which dataset to read."""
-    return Dataset(
-        kind=config.data.source,
-        name=config.data.name,
-        directory=config.data.dir,
-        train_split=config.data.train_split,
-        eval_split=config.data.eval_split,
-        num_classes=config.data.num_classes,
-    )
-
-
-def build_augmentation(config: ConfigDict) -> Augmentation:
-    """Returns how training images are augmented on the host."""
-    augment = config.augment
-    return Augmentation(
-        image_size=config.data.image_size,
-        crop_scale=tuple(augment.crop_scale),
-        crop_ratio=tuple(augment.crop_ratio),
-        interpolation=augment.interpolation,
-        hflip=augment.hflip,
-        policy=augment.policy,
-        color_jitter=augment.color_jitter,
-    )
-
-
-def build_loader_options(config: ConfigDict) -> LoaderOptions:
-    """Returns the processes and threads that load images."""
-    data = config.data
-    return LoaderOptions(workers=data.workers, threads=data.threads, backend=data.backend)
-
-
-def build_train_batches(
-    config: ConfigDict, *, process_index: int = 0, process_count: int = 1, start_step: int = 0
-) -> TrainBatches:
-    """Returns the training batches of one process.
-
-    Raises:
-        UserError: see `TrainBatches`.
-    """
-    return TrainBatches(
-        build_dataset(config),
-        build_augmentation(config),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        repeats=config.augment.repeats,
-        max_bad_fraction=config.augment.max_bad_fraction,
-        loader=build_loader_options(config),
-        process_index=process_index,
-        process_count=process_count,
-        start_step=start_step,
-    )
-
-
-def build_eval_batches(
-    config: ConfigDict, *, process_index: int = 0, process_count: int = 1
-) -> EvalBatches:
-    """Returns the evaluation batches of one process.
-
-    Raises:
-        UserError: see `EvalBatches`.
-    """
-    return EvalBatches(
-        build_dataset(config),
-        build_preprocessing(config),
-        batch_size=config.eval.batch_size,
-        loader=build_loader_options(config),
-        process_index=process_index,
-        process_count=process_count,
     )
 
 
@@ -279,73 +184,3 @@ def _build_run(config: ConfigDict) -> Run:
         free_keys=configuration.FREE_KEYS,
         added_keys=configuration.ADDED_KEYS,
     )
-
-
-def evaluate_workdir(
-    config: ConfigDict, workdir: epath.Path, given: Collection[str] = ()
-) -> dict[str, Any]:
-    """Evaluates `config.init_from`, or the best checkpoint of the workdir, on the evaluation split.
-
-    A workdir with a run is evaluated with the run's own config, but for the keys that the command
-    line sets, and `init_from`. The result is logged and written to WORKDIR/eval.json.
-
-    Args:
-        config: of the command line.
-        workdir: of a run, or a new one for the result.
-        given: the keys that the command line sets.
-
-    Raises:
-        UserError: when the weights do not fit the config, or the config, the data or an image is
-            wrong.
-    """
-    workdir = absolute(workdir)
-    with all_or_none():
-        if (workdir / RECORD).exists():
-            configuration.overlay(config, read_record(workdir), {*given, "init_from"})
-    check_alike(config=json.dumps(configuration.shared(config), sort_keys=True))
-    configuration.check(config)
-    weights = str(config.init_from or workdir)
-    preprocessing = build_preprocessing(config)
-    with all_or_none():
-        check_batch(config.eval.batch_size, 1, make_mesh(), "eval.batch_size")
-        params, info = read_weights(weights)
-        for key, ours, theirs in (
-            ("model.name", config.model.name, info.model),
-            ("data.num_classes", config.data.num_classes, info.num_classes),
-        ):
-            if ours != theirs:
-                raise UserError(f"config.{key} is {ours!r}, but the weights have {theirs!r}")
-        source = open_source(build_dataset(config), config.data.eval_split)
-    if preprocessing != info.preprocessing:
-        logger.warning("evaluating with %s; the weights' is %s", preprocessing, info.preprocessing)
-    evaluation = evaluate_weights(
-        params,
-        info,
-        source,
-        preprocessing=preprocessing,
-        batch_size=config.eval.batch_size,
-        loader=build_loader_options(config),
-        dtype=config.model.dtype,
-    )
-    results = evaluation.results
-    report = {
-        "weights": weights,
-        "model": info.model,
-        "data": source.name,
-        "loss": results["loss"],
-        "top1": results["top1"],
-        "top5": results.get("top5"),
-        "examples": results["examples"],
-        "image_size": config.data.image_size,
-        "crop_pct": config.eval.crop_pct,
-        "crop_mode": config.eval.crop_mode,
-        "dtype": config.model.dtype,
-    }
-    logger.info(
-        "%s on %s: %s, loss %.4f over %d images",
-        *(weights, source.name, describe(results, digits=3)),
-        *(results["loss"], results["examples"]),
-    )
-    if jax.process_index() == 0:
-        write_json(workdir / "eval.json", report)
-    return report

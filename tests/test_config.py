@@ -10,11 +10,11 @@ from mambaout_jax import config as configuration
 from mambaout_jax.build import (
     build_model,
     build_optimizer,
-    build_preprocessing,
     build_recipe,
     build_schedule,
     build_steps,
 )
+from mambaout_jax.build_data import build_preprocessing
 from mambaout_jax.errors import UserError
 from mambaout_jax.runtime.workdir import RECORD, check_workdir, keep_record
 from mambaout_jax.training.state import init_params, init_state

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from mambaout_jax.build import build_augmentation
+from mambaout_jax.build_data import build_augmentation
 from mambaout_jax.data.augment import TrainTransform, color_jitter, draw_crop
 from mambaout_jax.data.backends import PillowBackend, open_backend
 from mambaout_jax.errors import UserError

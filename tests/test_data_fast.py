@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from configs import default
-from mambaout_jax.build import build_augmentation
+from mambaout_jax.build_data import build_augmentation
 from mambaout_jax.data import image_ops
 from mambaout_jax.data.augment import TrainTransform
 from mambaout_jax.data.backends import PillowBackend, open_backend

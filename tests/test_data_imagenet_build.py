@@ -11,7 +11,7 @@ from batches import eval_batches, train_batches
 from imagenet_fixture import LABELS_FILE, jpeg, train_tiny
 
 from configs import tiny
-from mambaout_jax.build import build_dataset
+from mambaout_jax.build_data import build_dataset
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.errors import UserError
 

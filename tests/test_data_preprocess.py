@@ -8,7 +8,7 @@ from batches import eval_batches
 from PIL import Image
 
 from configs import default
-from mambaout_jax.build import build_dataset
+from mambaout_jax.build_data import build_dataset
 from mambaout_jax.data.preprocess import Preprocessing, preprocess_image
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.errors import UserError

@@ -1,4 +1,4 @@
-"""Sources: what they hand out, and one clear sentence for each mistake."""
+"""Sources: their examples, and one clear sentence for each mistake."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from imagenet_fixture import jpeg, write_imagenet
 from PIL import Image
 
 from configs import default
-from mambaout_jax.build import build_dataset
+from mambaout_jax.build_data import build_dataset
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.errors import UserError
 
@@ -121,7 +121,7 @@ def test_data_not_prepared_names_the_command(tmp_path):
 
 @pytest.mark.parametrize(("name", "meant"), [("imagenet2013", "imagenet2012"), ("digit", "digits")])
 def test_a_name_with_a_typo_names_a_dataset_that_is_there(imagenet, name, meant):
-    with pytest.raises(UserError, match=rf"{name} is not prepared in .*; did you mean '{meant}'\?"):
+    with pytest.raises(UserError, match=rf"no dataset '{name}' in .*; did you mean '{meant}'\?"):
         open_source(data(dir=str(imagenet), name=name), "train")
 
 

@@ -160,7 +160,7 @@ def test_a_forgotten_iterator_ends_its_workers():
 START = """
 import multiprocessing, signal, sys
 from configs import default
-from mambaout_jax.build import build_train_batches
+from mambaout_jax.build_data import build_train_batches
 
 config = default.get_config()
 config.data.update(name="digits", num_classes=10, image_size=24, workers=2)
@@ -217,7 +217,7 @@ def test_workers_end_with_a_main_process_that_does_not_close_them():
 KILLED_PARENT = """
 import multiprocessing, os, signal, sys
 from configs import default
-from mambaout_jax.build import build_train_batches
+from mambaout_jax.build_data import build_train_batches
 
 config = default.get_config()
 config.data.update(name="digits", num_classes=10, image_size=24, workers=1)

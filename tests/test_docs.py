@@ -1,4 +1,4 @@
-"""The documentation builds without warnings and speaks of what there is."""
+"""The documentation builds without warnings, and everything that it names exists."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whole runs on real pictures: train, resume, evaluate, and every mistake a user can make."""
+"""Whole runs on real images: train, resume, evaluate, and every mistake a user can make."""
 
 import csv
 import json
@@ -19,8 +19,8 @@ from etils import epath
 from imagenet_fixture import jpeg, train_tiny, write_imagenet
 
 from mambaout_jax import config as configuration
-from mambaout_jax.build import evaluate_workdir
 from mambaout_jax.errors import UserError
+from mambaout_jax.evaluate_run import evaluate_workdir
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.recorder import Recorder
 from mambaout_jax.weights.store import load_weights
@@ -151,7 +151,7 @@ def test_two_processes_of_one_device_equal_one_process_of_eight(finished, tmp_pa
 
 
 def test_evaluation_of_a_checkpoint_equals_the_runs_own(finished, tmp_path):
-    """Thirty pictures, which no batch divides, in two batch sizes."""
+    """Thirty images, which no batch divides, in two batch sizes."""
     with (finished / "metrics.csv").open() as file:
         best = max(csv.DictReader(file), key=lambda row: (float(row["top1"]), int(row["step"])))
     for batch_size in (16, 40):
@@ -182,7 +182,7 @@ def test_evaluation_refuses_weights_of_another_model(finished, tmp_path):
 
 
 def test_fine_tuning_starts_from_the_weights_and_swaps_the_last_layer(finished, tmp_path, caplog):
-    """Two classes of a folder of pictures, at another resolution, from the ten digits' weights."""
+    """Two classes of a folder of images, at another resolution, from the ten digits' weights."""
     for split, count in (("train", 8), ("val", 3)):
         for label, name in enumerate(("cat", "dog")):
             folder = tmp_path / "pets" / split / name

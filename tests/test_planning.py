@@ -86,7 +86,7 @@ def test_memory_that_does_not_suffice_is_explained():
     )
     explained = plan._too_large(error, config, "v5e:2x4", 8)
     assert isinstance(explained, UserError)
-    assert "512 images a chip of v5e:2x4 need 33.50 GiB" in str(explained)
+    assert "512 images per chip of v5e:2x4 need 33.50 GiB" in str(explained)
     assert "--config.accumulate_steps=4" in str(explained)
     other = RuntimeError("INTERNAL: Mosaic failed")
     assert plan._too_large(other, config, "v5e:2x4", 8) is other

@@ -30,7 +30,7 @@ from mambaout_jax.runtime.compilation import use_compilation_cache
 from mambaout_jax.runtime.goodput import COMPILE, DATA, DEVICE, Goodput, divide
 from mambaout_jax.runtime.profiler import Profiler
 from mambaout_jax.runtime.workdir import lock_workdir
-from mambaout_jax.training import checkpoint, loop
+from mambaout_jax.training import between_steps, checkpoint, restore
 from mambaout_jax.training import step as step_module
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.state import init_state
@@ -158,7 +158,7 @@ def test_a_save_that_cannot_be_written_leaves_the_last_checkpoint(finished, stop
 
 
 def test_storage_that_fails_once_is_read_again(finished, stopped, monkeypatch, caplog):
-    monkeypatch.setattr(checkpoint, "restore", failing(checkpoint.restore, times=1))
+    monkeypatch.setattr(restore, "restore", failing(restore.restore, times=1))
     with caplog.at_level("INFO"):
         train(small_config(), stopped)
     assert "checkpoint 8 in" in caplog.text
@@ -168,7 +168,7 @@ def test_storage_that_fails_once_is_read_again(finished, stopped, monkeypatch, c
 
 
 def test_storage_that_keeps_failing_is_not_damage(stopped, monkeypatch):
-    monkeypatch.setattr(checkpoint, "restore", failing(checkpoint.restore, times=100))
+    monkeypatch.setattr(restore, "restore", failing(restore.restore, times=100))
     monkeypatch.setattr(storage, "READ_ATTEMPTS", 2)
     with pytest.raises(StorageError, match=r"checkpoint 8 in .* cannot be read: Input/output"):
         train(small_config(), stopped)
@@ -220,7 +220,7 @@ def test_an_empty_checkpoint_folder_is_not_a_finished_run(name, finished, stoppe
 
 def test_a_stop_in_an_evaluation_is_made_up_for(finished, tmp_path, monkeypatch, caplog):
     """The evaluation at step 8 is interrupted; the resumed run makes it before step 9."""
-    evaluate = loop.evaluate
+    evaluate = between_steps.evaluate
     calls = []
 
     def stopped_in_the_second(eval_step, params, batches, mesh, stop_requested):
@@ -234,7 +234,7 @@ def test_a_stop_in_an_evaluation_is_made_up_for(finished, tmp_path, monkeypatch,
 
         return evaluate(eval_step, params, batches, mesh, with_signal)
 
-    monkeypatch.setattr(loop, "evaluate", stopped_in_the_second)
+    monkeypatch.setattr(between_steps, "evaluate", stopped_in_the_second)
     with pytest.raises(PreemptedError, match="saved at step 8 of 12"):
         train(small_config(), tmp_path / "run")
     monkeypatch.undo()

@@ -30,7 +30,7 @@ def test_equals_the_reference_in_each_epoch():
     np.testing.assert_allclose(rates(config, len(expected)), expected, rtol=0, atol=1e-9)
 
 
-def test_per_step_moves_within_the_epoch_and_meets_it_at_its_start():
+def test_per_step_moves_within_the_epoch_and_equals_per_epoch_at_its_start():
     per_epoch, config = default.get_config(), default.get_config()
     config.schedule.per = "step"
     steps = np.arange(0, 310 * STEPS_PER_EPOCH, STEPS_PER_EPOCH)

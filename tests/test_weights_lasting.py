@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mambaout_jax.training import checkpoint
+from mambaout_jax.training import checkpoint, restore
 from mambaout_jax.weights.info import FORMAT
 from mambaout_jax.weights.store import load_weights
 
@@ -61,7 +61,7 @@ def test_the_state_of_a_run(version, tmp_path):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     with checkpoint.open_checkpoints(epath.Path(tmp_path / "run"), keep=1) as manager:
-        found = checkpoint.restore_newest(manager, abstract)
+        found = restore.restore_newest(manager, abstract)
     assert found is not None
     restored, data = found
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), restored, state)

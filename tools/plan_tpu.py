@@ -1,10 +1,10 @@
-"""Plans a run on TPUs without any: compiles its training step for a slice, on a CPU.
+"""Plans a run on TPUs without a TPU: compiles its training step for a slice, on a CPU.
 
     python tools/plan_tpu.py --config=configs/base.py --topology=v5e:16x16
 
-Prints a chip's memory, the collectives, the estimated time of a step and of the whole run,
-and with --price=1.20 what the run costs. Keys are changed with --config.key=value. It takes libtpu:
-pip install 'mambaout_jax[plan]'.
+Prints the memory of a chip, the collectives, the estimated time of a step and of the whole run, and
+with --price=1.20 the cost of the run. Keys are changed with --config.key=value. It needs libtpu:
+pip install -e '.[plan]'.
 """
 
 import sys
@@ -16,7 +16,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from mambaout_jax.config import check_command_line
+from mambaout_jax.cli.flags import parse_flags
 from mambaout_jax.errors import UserError
 from mambaout_jax.planning.plan import describe, make_plan
 from mambaout_jax.planning.topology import find_topology, load_compiler
@@ -24,22 +24,17 @@ from mambaout_jax.planning.topology import find_topology, load_compiler
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "The slice: generation and shape.")
 _PRICE = flags.DEFINE_float(
-    "price", None, "Of a chip and hour, in any currency: tells the run's cost.", lower_bound=0
+    "price",
+    None,
+    "Price of a chip hour, in any currency: prints the cost of the run.",
+    lower_bound=0,
 )
 _EXAMPLES = flags.DEFINE_integer("examples", 1_281_167, "Training examples of an epoch.")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line, after a check that explains what is wrong with it."""
-    if not {"--help", "-help", "--helpfull"} & set(argv):
-        check_command_line(argv)
-    return app.parse_flags_with_usage(argv)
-
-
 def main(argv: list[str]) -> None:
     """Plans what the command line asks for."""
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is no flag: expected --flag=value")
+    del argv
     absl_logging.set_verbosity(absl_logging.WARNING)
     find_topology(_TOPOLOGY.value)
     load_compiler()

@@ -3,7 +3,7 @@
     pip install -e '.[examples,export]' && python tools/transcripts.py
 
 A transcript is a fenced block after the line `<!-- transcript -->`. Its lines that begin with `$ `
-are the commands (a command that ends with a backslash goes on in the next line); everything else
+are the commands (a command that ends with a backslash continues on the next line); everything else
 is replaced. One shell runs the blocks of all pages in order, in a scratch folder that holds
 
     main.py, configs/, tools/, examples/, demo/   links to this repository
@@ -84,7 +84,7 @@ class Shell:
 
 
 def rewrite(text: str, shell: Shell) -> str:
-    """Returns a page with the output of each transcript's commands made anew."""
+    """Returns a page with new output for the commands of each transcript."""
 
     def block(match: re.Match[str]) -> str:
         lines = []
@@ -130,7 +130,9 @@ def write_faces(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Rewrites the pages."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--keep", metavar="FOLDER", type=Path, help="the scratch folder, kept")
     parser.add_argument("pages", nargs="*", type=Path, help="pages, all unless given")
     args = parser.parse_args(argv)

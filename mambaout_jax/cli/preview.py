@@ -8,8 +8,9 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from mambaout_jax import build
-from mambaout_jax.config import check, check_command_line
+from mambaout_jax import build_data
+from mambaout_jax.cli.flags import parse_flags
+from mambaout_jax.config import check
 from mambaout_jax.data.preview import contact_sheet, save
 from mambaout_jax.errors import UserError
 
@@ -24,21 +25,15 @@ def main(_: list[str]) -> None:
     config = _CONFIG.value
     check(config)
     config.data.workers = 0  # the sheet is finished before processes would have started
-    batches = build.build_train_batches(config)
+    batches = build_data.build_train_batches(config)
     sheet = contact_sheet(batches, _ROWS.value, _COLUMNS.value)
     batches.close()
     save(sheet, _OUTPUT.value)
     print(f"wrote {_OUTPUT.value}")
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    check_command_line(argv)
-    flags.mark_flag_as_required("config")
-    return app.parse_flags_with_usage(argv)
-
-
 if __name__ == "__main__":
     try:
-        app.run(main, flags_parser=_parse_flags)
+        app.run(main, flags_parser=parse_flags)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Decoding with Pillow: from an encoded file to an RGB image, and the names of its filters."""
+"""Decoding with Pillow: from an encoded file to an RGB image, and the names of filters."""
 
 import io
 import struct

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class LoaderOptions:
-    """How fast images are made; the pixels do not depend on it.
+    """Processes and threads that make images; the pixels do not depend on them.
 
     Attributes:
       workers: processes that decode and augment; 0: none, -1: chosen by the number of cores.

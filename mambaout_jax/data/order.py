@@ -1,4 +1,4 @@
-"""The order of training images, and the random numbers that belong to each place in it."""
+"""The order of training images, and the random numbers of each position."""
 
 import dataclasses
 import functools

@@ -45,8 +45,8 @@ def choose(workers: int, threads: int, images: int | None = None) -> Parallel:
     Some cores are left to the main process, which drives the accelerators.
 
     Args:
-      workers: the number asked for; -1: chosen by the cores and the memory.
-      threads: the number asked for, of each process.
+      workers: the requested number; -1: chosen by the cores and the memory.
+      threads: the requested number, per process.
       images: how many are made before the workers end; None: the stream is endless.
     """
     cores = usable_cores()

@@ -27,7 +27,7 @@ class BatchesAhead(Iterator[tuple[Batch, Damages]]):
     """
 
     def __init__(self, maker: Maker, parallel: Parallel, first: int, stop: int | None = None):
-        """Starts threads or processes, and making the first batches.
+        """Starts threads or processes, and begins to make batches.
 
         Args:
           maker: of the batches.

@@ -134,9 +134,9 @@ def prepared_directory(name: str, directory: str) -> str:
     if not versions:
         known = {*_EMBEDDED, *_prepared_names(root)} - {dataset}
         raise UserError(
-            f"{name} is not prepared in {root}{did_you_mean(dataset, sorted(known))}; give the "
-            f"directory that has it, or set TFDS_DATA_DIR to it, or prepare it with: tfds build "
-            f"{name} --file_format=array_record --data_dir={root}"
+            f"no dataset {name!r} in {root}{did_you_mean(dataset, sorted(known))} "
+            "(set the data directory or TFDS_DATA_DIR to the folder that holds it, or prepare it "
+            f"with: tfds build {name} --file_format=array_record --data_dir={root})"
         )
     newest = max(versions, key=lambda child: tuple(map(int, child.split("."))))
     return os.fspath(root / dataset / newest)

@@ -126,7 +126,7 @@ class WorkerPool:
                 return
             chunk, future = self._waiting.popleft()
             worker.chunks[chunk] = future
-            with contextlib.suppress(OSError):  # of a dead worker: its process tells how it died
+            with contextlib.suppress(OSError):  # a dead worker: its exit status says why
                 worker.pipe.send(chunk)
 
     def _receive(self) -> None:

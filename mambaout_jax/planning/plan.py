@@ -32,7 +32,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler tells of a step, a chip; times in seconds."""
+    """The compiler's figures for a step, per chip; times in seconds."""
 
     generation: Generation
     chips: int
@@ -76,7 +76,7 @@ class Plan:
 
 
 def make_plan(config: ConfigDict, topology: str, examples: int) -> Plan:
-    """Compiles the training step of a configuration for a topology; `load_compiler` comes first.
+    """Compiles the training step of a config for a topology; call `load_compiler` before.
 
     Args:
         config: the run's configuration.
@@ -144,14 +144,14 @@ def _too_large(error: Exception, config: ConfigDict, topology: str, chips: int) 
         (n for n in range(2, images) if images % n == 0 and sizes[0] / n < 0.9 * sizes[1]), images
     )
     return UserError(
-        f"{images} images a chip of {topology} need {sizes[0]:.2f} GiB of memory and there are "
+        f"{images} images per chip of {topology} need {sizes[0]:.2f} GiB of memory and there are "
         f"{sizes[1]:.2f}: try --config.accumulate_steps={parts * enough}, "
         "--config.model.remat=True, more chips or a smaller --config.batch_size"
     )
 
 
 def describe(plan: Plan, price: float | None = None) -> str:
-    """Returns the plan as lines of text, with the run's cost at a price a chip and hour."""
+    """Returns the plan as lines of text, with the cost of the run at a price per chip hour."""
     gib, memory, generation = 2**30, plan.memory, plan.generation
     parts = f" in {plan.parts} parts" if plan.parts > 1 else ""
     cycles = plan.estimated + plan.counted
@@ -162,22 +162,22 @@ def describe(plan: Plan, price: float | None = None) -> str:
         for kind, (count, size) in sorted(plan.program.collectives.items())
     ]
     lines = {
-        "chips": f"{plan.chips}, {plan.images} images each a step{parts}",
-        "memory": f"{memory.peak / gib:.2f} of {generation.memory} GiB a chip: "
+        "chips": f"{plan.chips}, {plan.images} images each per step{parts}",
+        "memory": f"{memory.peak / gib:.2f} of {generation.memory} GiB per chip: "
         f"{memory.arguments / gib:.2f} state and batch, {memory.temporaries / gib:.2f} "
         f"temporaries, {memory.code / gib:.2f} code",
-        "collectives": f"{'; '.join(kinds) or 'none'}, a chip and step",
-        "largest batch": f"{plan.largest} images a chip{' and part' if parts else ''}, "
-        "if temporaries grow with the images (not compiled)",
-        "cycles": f"{cycles / 1e6:.1f} M a chip: XLA's estimate "
-        f"{plan.estimated / 1e6:.1f} M, counted in our kernels {plan.counted / 1e6:.1f} M",
-        "step": f"{plan.step * 1e3:.1f} ms: the cycles at {generation.clock / 1e9} GHz, and the "
-        f"collectives' bytes twice at {generation.links / 1e9:.0f} GB/s with nothing hidden",
+        "collectives": f"{'; '.join(kinds) or 'none'}, per chip and step",
+        "largest batch": f"{plan.largest} images per chip{' and part' if parts else ''}, "
+        "if temporaries grow with the batch (not compiled)",
+        "cycles": f"{cycles / 1e6:.1f} M per chip: XLA's estimate "
+        f"{plan.estimated / 1e6:.1f} M, counted in the kernels {plan.counted / 1e6:.1f} M",
+        "step": f"{plan.step * 1e3:.1f} ms: cycles at {generation.clock / 1e9} GHz plus twice the "
+        f"communicated bytes at {generation.links / 1e9:.0f} GB/s, without overlap",
         "images/s": f"{plan.chips * plan.images / plan.step:,.0f}, "
-        f"{plan.images / plan.step:,.0f} a chip, if input and host keep up",
+        f"{plan.images / plan.step:,.0f} per chip, if input and host keep up",
         "whole run": f"{plan.total_steps:,} steps, {hours:.1f} hours without evaluation: "
         f"{hours * plan.chips:,.0f} chip hours{cost}",
-        "compilation": f"{plan.compilation:.0f} s ({plan.processor:.0f} s of processor), "
+        "compilation": f"{plan.compilation:.0f} s ({plan.processor:.0f} s of CPU time), "
         f"{plan.lowering:.0f} s to lower",
     }
     width = max(map(len, lines))

@@ -58,7 +58,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a compiled module's text tells, a device.
+    """Operations, kernels and collectives of a compiled module, for one device.
 
     `kernels` counts the calls of each kernel; `collectives` has the operations and their bytes, of
     the larger of operand and result, by kind.
@@ -103,7 +103,7 @@ def _trips(text: str, parts: int) -> dict[str, int]:
         computation = open_bodies.pop()
         for line in _body(text, computation):
             if body := re.search(r" while\(.*body=%?([\w.-]+)", line):
-                # libtpu's text tells no trips; the other loops draw random numbers.
+                # libtpu's text has no trip counts; the other loops draw random numbers.
                 over_parts = 'op_name="jit(train_step)/while"' in line
                 trips[body[1]] = trips[computation] * (parts if over_parts else 1)
                 open_bodies.append(body[1])

@@ -67,7 +67,7 @@ def count_chips(name: str) -> int:
 
 
 def load_compiler(dumps: Path | None = None) -> None:
-    """Readies libtpu, to be called once, before any topology is asked for.
+    """Prepares libtpu; call it once, before any topology is used.
 
     With `dumps` it writes the schedules of all that it compiles into that folder.
 
@@ -79,7 +79,7 @@ def load_compiler(dumps: Path | None = None) -> None:
             "libtpu, the TPU compiler, is not installed: pip install 'mambaout_jax[plan]'"
         )
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # a plan tells the compilation's time
+    jax.config.update("jax_enable_compilation_cache", False)  # a plan reports compile time
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if dumps is None:

@@ -1,4 +1,4 @@
-"""Published peaks of accelerators, to state a run's speed as a share of them."""
+"""Published peak speeds of accelerators, for model FLOPs utilization (MFU)."""
 
 import re
 

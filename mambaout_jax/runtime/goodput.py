@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Measures how the time of a run is divided: data, device, checkpoints, evaluation, compilation."""
 
 import contextlib
 import queue

@@ -1,6 +1,6 @@
 """A lease on a workdir in a bucket: one command at a time, as a lock does on a disk.
 
-The lease is the object WORKDIR/lock. Its holder writes it anew every RENEW_SECONDS, on the
+The lease is the object WORKDIR/lock. Its holder rewrites it every RENEW_SECONDS, on the
 condition that it is still as the holder left it (a generation precondition), so two processes
 cannot both hold it. A lease that is not renewed while another process watches it for LEASE_SECONDS
 is taken over; no clocks are compared. The lease of a process of this machine that no longer runs is
@@ -36,11 +36,11 @@ class Owner:
     """Who holds a lease, as strings: the metadata of the lease's object.
 
     Attributes:
-        token: tells this lease from every other.
+        token: identifies this lease.
         process: number of the process.
         started: when the process started, in its machine's own units; "" where unknown.
         host: name of the host.
-        machine: tells apart what has process numbers of its own; "" where unknown.
+        machine: identifies the machine or container that numbers the process; "" where unknown.
         since: when the lease was taken.
     """
 

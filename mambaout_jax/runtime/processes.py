@@ -1,4 +1,4 @@
-"""How the processes of a run, one a host, find each other, agree, and end."""
+"""The processes of a run, one per host: joining, checks that they agree, and ending."""
 
 import contextlib
 import hashlib
@@ -22,12 +22,12 @@ from mambaout_jax.runtime.preemption import RESUME
 
 logger = logging.getLogger(__name__)
 
-FAILED = 1  # exit code: the same command fails again until someone mends what the message names
+FAILED = 1  # exit code: the same command fails again until the user fixes what the message names
 # Seconds that a process waits for the others to start, and until one that is silent counts as dead.
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 60
 MESSAGE_BYTES = 2048
-# What errors of jax say that stem from another process's end.
+# In messages of jax errors that are caused by the end of another process.
 LOST = "gloo|connection|unavailable|heartbeat|coordination service|deadline_exceeded"
 
 
@@ -35,7 +35,7 @@ def join_processes() -> None:
     """Joins the other processes of the run; to be called before anything else of jax.
 
     On Cloud TPUs, GKE, SLURM and Open MPI jax finds them by itself. Elsewhere
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them. Where neither tells of
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them. If neither names
     others, the process runs alone.
 
     Raises:
@@ -43,7 +43,7 @@ def join_processes() -> None:
             JOIN_SECONDS, the process says so and ends.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    # jax ends a process whose others do not come by aborting it: this speaks before.
+    # jax aborts a process that waits too long for the others: this ends it earlier, with a message.
     alarm = threading.Timer(JOIN_SECONDS, end, (alone(address), RESUME))
     alarm.daemon = True
     alarm.start()
@@ -73,7 +73,7 @@ def join_processes() -> None:
 
 
 def alone(address: str | None) -> str:
-    """Returns what is said where the others do not come."""
+    """Returns the message for processes that do not come."""
     at = f" at {address}" if address else ""
     return (
         f"the other processes of the run did not come{at} within {JOIN_SECONDS} s: start the same "

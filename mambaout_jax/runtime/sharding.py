@@ -1,4 +1,4 @@
-"""The mesh of devices, and where each array lies on it."""
+"""The mesh of devices, and the sharding of each array."""
 
 import functools
 import math

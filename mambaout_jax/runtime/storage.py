@@ -1,4 +1,4 @@
-"""Storage that fails: further attempts, and errors that tell faults of a while from damage."""
+"""Failing storage: retries, and the distinction between temporary faults and damage."""
 
 import logging
 import os
@@ -13,8 +13,8 @@ from mambaout_jax.errors import AccessError, StorageError, first_line
 
 logger = logging.getLogger(__name__)
 
-# Numbers and words of storage that fails for a while, in messages of the system, of TensorStore, of
-# array_record and of buckets' servers. Whatever else reading a checkpoint fails of is damage.
+# Error numbers and words of temporary faults, in messages of the system, of TensorStore, of
+# array_record and of buckets' servers. Any other error while reading a checkpoint means damage.
 _ONE = "|".join(map(str, TRANSIENT_ERRORS))
 TRANSIENT = re.compile(
     rf"\[Errno ({_ONE})\]|os_error_code='?({_ONE})\b"
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def cause(error: BaseException) -> str:
-    """Returns what a person needs to know of an error of Orbax or TensorStore."""
+    """Returns the cause in an error message of Orbax or TensorStore."""
     text = str(error)
     if number := re.search(r"\[Errno (\d+)\]|os_error_code='?(\d+)", text):
         return os.strerror(int(number[1] or number[2]))
@@ -35,7 +35,7 @@ def cause(error: BaseException) -> str:
 
 
 def reading(read: Callable[[], T], what: str) -> T:
-    """Returns what `read` returns, after further attempts where storage fails for a while.
+    """Returns what `read` returns, with retries if storage fails temporarily.
 
     Raises:
         StorageError: when storage still fails at the last attempt.
@@ -69,5 +69,5 @@ def reading(read: Callable[[], T], what: str) -> T:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Returns whether an error is of storage that fails for a while."""
+    """Returns whether an error is a temporary fault of storage."""
     return bool(TRANSIENT.search(str(error))) or isinstance(failed("", error), StorageError)

@@ -1,9 +1,7 @@
 """The training loop: joins data, model, step, evaluation and checkpoints; nothing else does."""
 
 import contextlib
-import dataclasses
 import logging
-import math
 import time
 
 import jax
@@ -14,7 +12,6 @@ from etils import epath
 from mambaout_jax.bucket import absolute
 from mambaout_jax.data.workers import WorkerLostError
 from mambaout_jax.errors import PreemptedError
-from mambaout_jax.inference.evaluate import StoppedError, describe, evaluate
 from mambaout_jax.models.flops import count_total
 from mambaout_jax.runtime import goodput
 from mambaout_jax.runtime.devices import peak_flops
@@ -23,12 +20,20 @@ from mambaout_jax.runtime.preemption import StopRequest
 from mambaout_jax.runtime.processes import all_or_none
 from mambaout_jax.runtime.profiler import Profiler
 from mambaout_jax.runtime.sharding import global_batch, state_shardings
-from mambaout_jax.runtime.workdir import hold_workdir, keep_record
+from mambaout_jax.runtime.workdir import hold_workdir
 from mambaout_jax.training import checkpoint
+from mambaout_jax.training.between_steps import (
+    Session,
+    evaluate_and_record,
+    late_evaluation,
+    log_interval,
+    save,
+)
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.programs import Programs, compile_programs
 from mambaout_jax.training.progress import Progress
 from mambaout_jax.training.recorder import Recorder, import_in_background, read_rows
+from mambaout_jax.training.restore import abstract_state, check_model, restore_newest
 from mambaout_jax.training.run import Position, Run, world
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.weights.finetune import initial_params
@@ -39,23 +44,11 @@ logger = logging.getLogger(__name__)
 INIT_KEY, TRAIN_KEY = 0, 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """What one command works with, from its start to its end."""
-
-    workdir: epath.Path
-    manager: ocp.CheckpointManager
-    clock: Goodput
-    stop: StopRequest
-    recorder: Recorder
-    progress: Progress
-
-
 def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
     """Trains, evaluates and saves; resumes the run that the workdir holds.
 
     Raises:
-        UserError: when the user has to mend something; a new workdir without a step is removed.
+        UserError: when the user has to fix something; a new workdir without a step is removed.
         PreemptedError: when the run was asked to stop; it is saved.
     """
     clock = Goodput()
@@ -65,7 +58,7 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
     init_key, train_key = (jax.random.fold_in(root, role) for role in (INIT_KEY, TRAIN_KEY))
     abstract = jax.eval_shape(run.initial_state, init_key)
     shardings = state_shardings(abstract, run.mesh)
-    target = checkpoint.abstract_state(abstract, shardings)
+    target = abstract_state(abstract, shardings)
     with contextlib.ExitStack() as stack:
         stack.callback(clock.close)
         stack.callback(run.batches.close)
@@ -95,13 +88,13 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
 def newest_position(
     run: Run, target: TrainState, manager: ocp.CheckpointManager, workdir: epath.Path
 ) -> Position | None:
-    """Returns where the newest undamaged checkpoint stands, None without any.
+    """Returns the position of the newest undamaged checkpoint, None without any.
 
     Raises:
         UserError: when it is another run's, or all are damaged.
     """
-    checkpoint.check_model(manager, run.weights_info())
-    found = checkpoint.restore_newest(manager, target)
+    check_model(manager, run.weights_info())
+    found = restore_newest(manager, target)
     if not found:
         return None
     state, data = found
@@ -118,7 +111,7 @@ def newest_position(
 
 
 def first_position(run: Run, init_key: jax.Array, shardings: TrainState) -> Position:
-    """Returns where a run stands before its first step.
+    """Returns the position before the first step.
 
     Raises:
         UserError: when the weights to start from cannot be read, or do not fit.
@@ -146,7 +139,7 @@ def open_session(
     height, width = run.preprocessing.shape
     layer = count_total(run.model, (height, width, 3))
     logger.info(
-        "%s: %s parameters, %.2f GMACs at %dx%d; training images by %s",
+        "%s: %s parameters, %.3g GMACs at %dx%d; training images by %s",
         run.model_name,
         f"{layer.params:,}",
         layer.macs / 1e9,
@@ -154,7 +147,7 @@ def open_session(
         width,
         run.batches.made_by,
     )
-    # Two FLOPs a multiply-accumulate; a training step costs three forward passes.
+    # Two FLOPs per multiply-accumulate; a training step takes three forward passes.
     peak = peak_flops(jax.devices()[0].device_kind)
     images = peak * jax.device_count() / (6 * layer.macs) if peak else None
     recorder = Recorder(
@@ -183,6 +176,7 @@ def train_loop(run: Run, position: Position, programs: Programs, session: Sessio
     ) as profiler:
         if not position.evaluated:
             late_evaluation(run, position, programs, session)
+        first = position.step
         while position.step < steps.total and position.evaluated:
             with clock.waiting_for_batch():
                 batch = next_batch(run, session)
@@ -197,6 +191,8 @@ def train_loop(run: Run, position: Position, programs: Programs, session: Sessio
             progress.advance()
             if step % steps.log_every == 0:
                 log_interval(run, position, session)
+            elif step == first + 1:  # the rates leave out the first step and the loader's start
+                progress.restart(step)
             results = None
             if step % steps.evaluate_every == 0 or step == steps.total:
                 results = evaluate_and_record(run, position, programs, session)
@@ -221,85 +217,6 @@ def next_batch(run: Run, session: Session) -> dict[str, np.ndarray]:
         logger.warning("%s", lost)
         session.stop.request(str(lost))
     return next(run.batches)
-
-
-def log_interval(run: Run, position: Position, session: Session) -> None:
-    """Reads the losses since the last log line, and shows the interval."""
-    position.losses.read()
-    rate = learning_rate(run, position.step)
-    shown = session.progress.show(position.step, position.losses.last, rate)
-    values = {"train/loss": position.losses.last, "learning_rate": rate}
-    values |= {"train/skipped_steps": position.losses.bad} | shown
-    session.recorder.scalars(position.step, values)
-
-
-def evaluate_and_record(
-    run: Run, position: Position, programs: Programs, session: Session
-) -> dict[str, float] | None:
-    """Evaluates, and records a row; None and `position.evaluated` False when asked to stop."""
-    step, steps = position.step, run.steps
-    position.losses.read()
-    try:
-        with session.clock.of(goodput.EVALUATE):
-            params = position.state.eval_params
-            results = evaluate(
-                programs.eval_step, params, run.eval_batches, run.mesh, session.stop.reached
-            )
-    except StoppedError:
-        position.evaluated = False
-        return None
-    except WorkerLostError as lost:
-        if jax.process_count() > 1:  # the others wait for this process's part of the evaluation
-            raise
-        logger.warning("%s", lost)
-        session.stop.request(str(lost))
-        position.evaluated = False
-        return None
-    rate, epoch = learning_rate(run, step), step / steps.per_epoch
-    row = {
-        "step": step,
-        "epoch": epoch,
-        "learning_rate": rate,
-        "train_loss": position.losses.mean(),
-        "eval_loss": results["loss"],
-        "top1": results["top1"],
-        "top5": results.get("top5", math.nan),
-    }
-    session.recorder.row(row)
-    position.rows = session.recorder.rows
-    logger.info(
-        "epoch %g/%g: train loss %.4f, eval loss %.4f, %s, lr %.2e",
-        *(epoch, steps.total / steps.per_epoch, row["train_loss"], row["eval_loss"]),
-        *(describe(results, digits=2), rate),
-    )
-    shares = session.clock.shares()
-    session.recorder.scalars(step, {f"goodput/{part}": shares[part] for part in shares})
-    session.progress.restart(step)
-    return results
-
-
-def late_evaluation(run: Run, position: Position, programs: Programs, session: Session) -> None:
-    """Makes the evaluation that a stopped run owes, and adds it to the run's checkpoint."""
-    position.evaluated = True
-    if results := evaluate_and_record(run, position, programs, session):
-        info = run.weights_info(results)
-        checkpoint.amend(session.manager, position.step, position.data(run), info, results)
-
-
-def save(run: Run, position: Position, results: dict[str, float] | None, session: Session) -> None:
-    """Starts to save a checkpoint."""
-    position.losses.read()
-    with session.clock.of(goodput.SAVE):
-        keep_record(session.workdir, run.record)
-        info = run.weights_info(results)
-        session.recorder.flush()
-        checkpoint.save(session.manager, position.state, position.data(run), info, results)
-    session.progress.restart(position.step)
-
-
-def learning_rate(run: Run, step: int) -> float:
-    """Returns the learning rate that a step, counted from 1, was taken with."""
-    return float(run.schedule(step - 1, np))
 
 
 def summary(

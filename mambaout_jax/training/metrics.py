@@ -78,7 +78,7 @@ class LossMeter:
                 )
 
     def mean(self) -> float:
-        """Returns the mean loss of the good steps since the last call, and starts anew."""
+        """Returns the mean loss of the good steps since the last call, and resets it."""
         self.read()
         mean = self.total / self.count if self.count else math.nan
         self.total, self.count = 0.0, 0

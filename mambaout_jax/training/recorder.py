@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.csv, curves.png, TensorBoard events; wandb if asked."""
+"""Records metrics: metrics.csv, curves.png, TensorBoard events, and optionally wandb."""
 
 import csv
 import io
@@ -39,7 +39,7 @@ class Recorder:
         wandb_project: str = "",
         enabled: bool = True,
     ):
-        """Goes on from a step; metrics.csv is written again with the next row.
+        """Continues from a step; metrics.csv is written again with the next row.
 
         Args:
             workdir: of the run.
@@ -176,7 +176,7 @@ def draw_curves(rows: Sequence[Row], path: epath.Path, title: str = "") -> None:
     loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     loss.legend()
     top1.plot(epochs, [row["top1"] for row in rows], color="tab:orange")
-    best = max(rows, key=lambda row: row["top1"])
+    best = max(reversed(rows), key=lambda row: row["top1"])
     top1.plot(best["epoch"], best["top1"], "o", color="tab:orange")
     top1.set(
         xlabel="epoch",

@@ -86,7 +86,7 @@ class Run:
         return init_state(params, self.optimizer, ema=self.recipe.ema_decay > 0)
 
     def weights_info(self, results: Mapping[str, float] | None = None) -> WeightsInfo:
-        """Returns what a checkpoint says of its weights."""
+        """Returns the description of the weights for a checkpoint."""
         return WeightsInfo(
             model=self.model_name,
             num_classes=self.recipe.num_classes,
@@ -100,7 +100,7 @@ class Run:
 
 @dataclasses.dataclass
 class Position:
-    """Where a run stands: all that its next steps follow from.
+    """The position of a run: everything that its next steps depend on.
 
     `evaluated` is False where a run was stopped before the evaluation that is due at its step.
     """
@@ -112,7 +112,7 @@ class Position:
     evaluated: bool = True
 
     def data(self, run: Run) -> dict[str, Any]:
-        """Returns what a checkpoint keeps of it beside the state, as JSON stores it."""
+        """Returns what a checkpoint stores besides the state, as JSON."""
         return {
             "batches": run.batches.state(),
             "losses": self.losses.state(),

@@ -31,7 +31,7 @@ def fetch(name: str) -> Path:
         with _silent_retries():
             path = Path(hf_hub_download(repository, HUB_FILE))
     except Exception as error:  # the network libraries' own, which differ between releases
-        # The chain of the network libraries' errors would hide the sentence.
+        # The traceback of the network libraries would hide the message.
         raise UserError(_explain(error, repository)) from None
     _check(path)
     return path
@@ -39,7 +39,7 @@ def fetch(name: str) -> Path:
 
 @contextlib.contextmanager
 def _silent_retries() -> Iterator[None]:
-    """Hides huggingface_hub's log lines of failed tries; its progress bars stay."""
+    """Hides huggingface_hub's log lines of failed attempts; its progress bars stay."""
     logger = logging.getLogger("huggingface_hub")
     was = logger.level
     logger.setLevel(logging.ERROR)

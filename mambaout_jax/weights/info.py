@@ -1,4 +1,4 @@
-"""What is stored beside weights: which network, its preprocessing, its classes, and its checks."""
+"""The description stored with weights: the network, preprocessing, classes and checksums."""
 
 import dataclasses
 import hashlib

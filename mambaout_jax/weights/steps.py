@@ -1,4 +1,4 @@
-"""The steps of a run's checkpoints folder: which are whole, and how one is set aside.
+"""The steps in the checkpoints folder of a run: which are complete, and renaming of damaged ones.
 
 On a disk Orbax writes a step under another name and renames it. A bucket cannot rename a folder as
 one: there Orbax writes the step in place, and the object MARKER when everything else is there.

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mambaout_jax.bucket import absolute, failed, http_status, io_errors, is_bucket
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import UserError, first_line
 from mambaout_jax.runtime.event_loops import ignore_closed_event_loops
 from mambaout_jax.runtime.storage import reading
 from mambaout_jax.weights.info import WeightsInfo
@@ -193,5 +193,5 @@ def _failed(what: str, error: BaseException) -> UserError:
     """
     if http_status(error):
         return failed(what, error)
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error, limit=10_000)
     return UserError(f"{what}: {line if len(line) <= 300 else f'{line[:150]} ... {line[-150:]}'}")

@@ -1,1 +1,1 @@
-"""The data set that ships with the package: scikit-learn's handwritten digits, as TFDS."""
+"""The dataset that ships with the package: scikit-learn's handwritten digits, as TFDS."""

@@ -1,6 +1,8 @@
-"""Writes the fractals: `python -m mambaout_jax.data.fractals --output=DIR`.
+"""Writes the fractals dataset.
 
-Writes DIR/fractals/1.0.0, a TFDS data set in ArrayRecord form: train with
+    python -m mambaout_jax.data.fractals --output=fractals
+
+Writes DIR/fractals/1.0.0, a TFDS dataset in ArrayRecord form: train with
 
     --config.data.name=fractals --config.data.dir=DIR --config.data.num_classes=100
 

@@ -1,4 +1,4 @@
-"""Makes one image of the data set, from the numbers of its class, split and place alone."""
+"""Makes one image of the dataset, from the numbers of its class, split and place alone."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""Makes the files of the data set in several processes, in a fixed order."""
+"""Makes the files of the dataset in several processes, in a fixed order."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ def make_files(plan: Plan, split: str) -> Iterator[tuple[str, int, io.BytesIO]]:
     """Yields (file name, label, JPEG file) of every image of a split, class by class."""
     places = itertools.product(range(plan.classes), range(plan.images[split]))
     make = functools.partial(_make_file, split)
-    # Started anew rather than forked: the parent may have threads.
+    # Spawned rather than forked: the parent may have threads.
     with multiprocessing.get_context("spawn").Pool(plan.processes) as pool:
         for label, index, data in pool.imap(make, places, _CHUNK):
             yield f"{class_name(label)}-{index:04d}.jpg", label, io.BytesIO(data)

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-_SEED = 20200  # of all draws of this data set
+_SEED = 20200  # of all draws of this dataset
 _MAPS = (2, 3, 4)
 _FILLED = 0.15  # of a grid of 32 x 32 cells, at least
 _WALKERS = 1500

@@ -1,0 +1,92 @@
+"""Turns the data, augmentation and evaluation keys of a config into datasets and batches."""
+
+from ml_collections import ConfigDict
+
+from mambaout_jax.data.augment import Augmentation
+from mambaout_jax.data.loader import EvalBatches, LoaderOptions, TrainBatches
+from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from mambaout_jax.data.sources import Dataset
+
+
+def build_dataset(config: ConfigDict) -> Dataset:
+    """Returns which dataset to read."""
+    return Dataset(
+        kind=config.data.source,
+        name=config.data.name,
+        directory=config.data.dir,
+        train_split=config.data.train_split,
+        eval_split=config.data.eval_split,
+        num_classes=config.data.num_classes,
+    )
+
+
+def build_augmentation(config: ConfigDict) -> Augmentation:
+    """Returns how training images are augmented on the host."""
+    augment = config.augment
+    return Augmentation(
+        image_size=config.data.image_size,
+        crop_scale=tuple(augment.crop_scale),
+        crop_ratio=tuple(augment.crop_ratio),
+        interpolation=augment.interpolation,
+        hflip=augment.hflip,
+        policy=augment.policy,
+        color_jitter=augment.color_jitter,
+    )
+
+
+def build_preprocessing(config: ConfigDict) -> Preprocessing:
+    """Returns how evaluation prepares its images."""
+    return Preprocessing(
+        size=config.data.image_size,
+        crop_pct=config.eval.crop_pct,
+        crop_mode=config.eval.crop_mode,
+        interpolation="bicubic",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+
+
+def build_loader_options(config: ConfigDict) -> LoaderOptions:
+    """Returns the processes and threads that load images."""
+    data = config.data
+    return LoaderOptions(workers=data.workers, threads=data.threads, backend=data.backend)
+
+
+def build_train_batches(
+    config: ConfigDict, *, process_index: int = 0, process_count: int = 1, start_step: int = 0
+) -> TrainBatches:
+    """Returns the training batches of one process.
+
+    Raises:
+        UserError: see `TrainBatches`.
+    """
+    return TrainBatches(
+        build_dataset(config),
+        build_augmentation(config),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        repeats=config.augment.repeats,
+        max_bad_fraction=config.augment.max_bad_fraction,
+        loader=build_loader_options(config),
+        process_index=process_index,
+        process_count=process_count,
+        start_step=start_step,
+    )
+
+
+def build_eval_batches(
+    config: ConfigDict, *, process_index: int = 0, process_count: int = 1
+) -> EvalBatches:
+    """Returns the evaluation batches of one process.
+
+    Raises:
+        UserError: see `EvalBatches`.
+    """
+    return EvalBatches(
+        build_dataset(config),
+        build_preprocessing(config),
+        batch_size=config.eval.batch_size,
+        loader=build_loader_options(config),
+        process_index=process_index,
+        process_count=process_count,
+    )

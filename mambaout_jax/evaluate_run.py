@@ -1,0 +1,95 @@
+"""`--mode=eval`: evaluates a workdir, or any weights, with the config of a run."""
+
+import json
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from mambaout_jax import config as configuration
+from mambaout_jax.bucket import absolute
+from mambaout_jax.build_data import build_dataset, build_loader_options, build_preprocessing
+from mambaout_jax.data.sources import open_source
+from mambaout_jax.errors import UserError
+from mambaout_jax.files import write_json
+from mambaout_jax.inference.evaluate import describe
+from mambaout_jax.inference.evaluate_weights import evaluate_weights
+from mambaout_jax.runtime.processes import all_or_none, check_alike
+from mambaout_jax.runtime.sharding import check_batch, make_mesh
+from mambaout_jax.runtime.workdir import RECORD, read_record
+from mambaout_jax.weights.load import read_weights
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_workdir(
+    config: ConfigDict, workdir: epath.Path, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """Evaluates `config.init_from`, or the best checkpoint of the workdir, on the evaluation split.
+
+    A workdir with a run is evaluated with the run's own config, but for the keys that the command
+    line sets, and `init_from`. The result is logged and written to WORKDIR/eval.json.
+
+    Args:
+        config: of the command line.
+        workdir: of a run, or a new one for the result.
+        given: the keys that the command line sets.
+
+    Raises:
+        UserError: when the weights do not fit the config, or the config, the data or an image is
+            wrong.
+    """
+    workdir = absolute(workdir)
+    with all_or_none():
+        if (workdir / RECORD).exists():
+            configuration.overlay(config, read_record(workdir), {*given, "init_from"})
+    check_alike(config=json.dumps(configuration.shared(config), sort_keys=True))
+    configuration.check(config)
+    weights = str(config.init_from or workdir)
+    preprocessing = build_preprocessing(config)
+    with all_or_none():
+        check_batch(config.eval.batch_size, 1, make_mesh(), "eval.batch_size")
+        params, info = read_weights(weights)
+        for key, ours, theirs in (
+            ("model.name", config.model.name, info.model),
+            ("data.num_classes", config.data.num_classes, info.num_classes),
+        ):
+            if ours != theirs:
+                raise UserError(f"config.{key} is {ours!r}, but the weights have {theirs!r}")
+        source = open_source(build_dataset(config), config.data.eval_split)
+    if preprocessing != info.preprocessing:
+        logger.warning("evaluating with %s; the weights' is %s", preprocessing, info.preprocessing)
+    evaluation = evaluate_weights(
+        params,
+        info,
+        source,
+        preprocessing=preprocessing,
+        batch_size=config.eval.batch_size,
+        loader=build_loader_options(config),
+        dtype=config.model.dtype,
+    )
+    results = evaluation.results
+    report = {
+        "weights": weights,
+        "model": info.model,
+        "data": source.name,
+        "loss": results["loss"],
+        "top1": results["top1"],
+        "top5": results.get("top5"),
+        "examples": results["examples"],
+        "image_size": config.data.image_size,
+        "crop_pct": config.eval.crop_pct,
+        "crop_mode": config.eval.crop_mode,
+        "dtype": config.model.dtype,
+    }
+    logger.info(
+        "%s on %s: %s, loss %.4f over %d images",
+        *(weights, source.name, describe(results, digits=3)),
+        *(results["loss"], results["examples"]),
+    )
+    if jax.process_index() == 0:
+        write_json(workdir / "eval.json", report)
+    return report
