@@ -76,7 +76,7 @@ def children(folder: epath.Path) -> list[epath.Path]:
     """
     try:
         return sorted(folder.iterdir(), key=lambda path: path.name)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -9,7 +9,7 @@ from etils import epath
 from mambaout_jax import config as configuration
 from mambaout_jax.build import build_run
 from mambaout_jax.runtime.preemption import StopRequest
-from mambaout_jax.training import loop
+from mambaout_jax.training import loop, step
 from mambaout_jax.training.programs import compile_programs
 
 ROOT = Path(__file__).parents[1]
@@ -39,11 +39,11 @@ _programs = {}
 
 
 def compile_once(run, *arguments):
-    """Compiles a config once in this process: in most tests it is not what differs."""
-    record = json.dumps(dict(run.record), sort_keys=True)
-    if record not in _programs:
-        _programs[record] = compile_programs(run, *arguments)
-    return _programs[record]
+    """Compiles a config once in this process, unless a test has replaced `augment`."""
+    key = json.dumps(dict(run.record), sort_keys=True), step.augment
+    if key not in _programs:
+        _programs[key] = compile_programs(run, *arguments)
+    return _programs[key]
 
 
 def train(config, workdir):

@@ -22,7 +22,7 @@ from mambaout_jax import config as configuration
 from mambaout_jax.errors import UserError
 from mambaout_jax.evaluate_run import evaluate_workdir
 from mambaout_jax.training.metrics import LossMeter
-from mambaout_jax.training.recorder import Recorder
+from mambaout_jax.training.recorder import Recorder, wandb_id
 from mambaout_jax.weights.store import load_weights
 
 SMALL = {
@@ -285,3 +285,14 @@ def test_wandb_that_is_not_installed_is_said_with_its_extra(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"mambaout_jax\[wandb\]"):
         Recorder(epath.Path(tmp_path), wandb_project="digits")
+
+
+def test_each_workdir_keeps_an_id_of_weights_and_biases_of_its_own(tmp_path):
+    first, second = (epath.Path(tmp_path / name) for name in ("first", "second"))
+    drawn = wandb_id(first)
+    assert wandb_id(first) == drawn != wandb_id(second)
+    first.rename(tmp_path / "moved")
+    assert wandb_id(epath.Path(tmp_path / "moved")) == drawn != wandb_id(first)
+    for damage in (b"", b"0123", b"\x00\xff"):
+        (second / "wandb_id").write_bytes(damage)
+        assert wandb_id(second) == wandb_id(second) != damage.decode(errors="ignore")

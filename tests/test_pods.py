@@ -136,3 +136,22 @@ def test_what_one_process_cannot_do_is_said_by_both(tmp_path):
     assert "error: process 1 of the run says: " in logs[0]
     assert all("/nonexistent" in log and "Traceback" not in log for log in logs)
     assert not (tmp_path / "run").exists()
+
+
+BROKEN = """
+import runpy, sys
+from mambaout_jax.training.metrics import LossMeter
+def push(losses, step, loss):
+    raise ValueError("the connection of two layers is unavailable")
+LossMeter.push = push
+sys.argv = ["main.py", *sys.argv[1:]]
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def test_an_error_that_speaks_of_a_connection_is_no_lost_process(tmp_path):
+    """Else both would be started again for ever."""
+    codes, logs = Launch(tmp_path, 2, program=("-c", BROKEN)).end()
+    assert codes == [1, 1], logs
+    for log in logs:
+        assert "error: the connection of two layers is unavailable" in log

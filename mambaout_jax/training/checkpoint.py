@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from mambaout_jax.files import write_json, writing
 from mambaout_jax.runtime.processes import all_or_none
 from mambaout_jax.runtime.storage import cause, is_transient, reading
 from mambaout_jax.training.state import TrainState
-from mambaout_jax.weights.info import WeightsInfo
+from mambaout_jax.weights.info import WeightsInfo, with_checksum
 from mambaout_jax.weights.integrity import fingerprints
 from mambaout_jax.weights.steps import mark_copied_steps, set_aside, whole_steps
 
@@ -44,6 +45,8 @@ def open_checkpoints(workdir: epath.Path, keep: int) -> Iterator[ocp.CheckpointM
     folder = absolute(workdir) / "checkpoints"
     with all_or_none():
         if jax.process_index() == 0:
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder} is a file, not a folder: move it away")
             mark_copied_steps(folder)
             set_aside_unreadable(folder)
     options = ocp.CheckpointManagerOptions(
@@ -131,6 +134,7 @@ def save(
     arrays = {name: tree for name, tree in items_of(state).items() if tree is not None}
     info = dataclasses.replace(info, fingerprints=fingerprints(**arrays))
     items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    data = with_checksum(data)
     items |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(info.to_json())}
     with named_failure(manager):
         manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
@@ -165,19 +169,36 @@ def amend(
             info = dataclasses.replace(info, fingerprints=saved.fingerprints)
             write_json(folder / "metrics" / "metrics", metrics)
             write_json(folder / "meta" / "metadata", info.to_json())
-            write_json(folder / "data" / "metadata", data)
+            write_json(folder / "data" / "metadata", with_checksum(data))
     manager.reload()
 
 
 def set_aside_unreadable(folder: epath.Path) -> None:
     """Sets checkpoints aside whose metrics, which the manager reads, are damaged."""
     for path in whole_steps(folder).values():
-        metrics = path / "metrics" / "metrics"
-        if metrics.exists():
-            try:
-                json.loads(reading(metrics.read_text, os.fspath(metrics)))
-            except (StorageError, AccessError):
-                raise
-            except ValueError:
-                logger.warning("checkpoint %s is damaged: its metrics cannot be read", path.name)
-                set_aside(path)
+        if not has_readable_metrics(path):
+            logger.warning("checkpoint %s is damaged: its metrics cannot be read", path.name)
+            set_aside(path)
+
+
+def has_readable_metrics(step: epath.Path) -> bool:
+    """Returns whether a checkpoint has no metrics, or those that its description has.
+
+    A damaged description is found when the checkpoint is restored.
+    """
+    metrics, meta = step / "metrics" / "metrics", step / "meta" / "metadata"
+    if not metrics.exists():
+        return True
+    try:
+        found = float(json.loads(reading(metrics.read_text, os.fspath(metrics)))[METRIC])
+    except (StorageError, AccessError):
+        raise
+    except (ValueError, KeyError, TypeError):
+        return False
+    try:
+        described = json.loads(reading(meta.read_text, os.fspath(meta)))["metrics"][METRIC]
+    except (StorageError, AccessError):
+        raise
+    except (ValueError, KeyError, TypeError, OSError):
+        return True
+    return found == described or math.isnan(found)

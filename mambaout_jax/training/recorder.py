@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+import re
 import threading
 import time
 import uuid
@@ -142,8 +143,6 @@ def read_rows(path: epath.Path) -> list[Row]:
 def start_wandb(workdir: epath.Path, project: str) -> Any:
     """Starts a run of Weights & Biases, or resumes the workdir's.
 
-    The run's id is drawn once and kept in the workdir.
-
     Raises:
         UserError: when wandb is not installed.
     """
@@ -154,12 +153,26 @@ def start_wandb(workdir: epath.Path, project: str) -> Any:
             "config.log.wandb_project asks for wandb, which is not installed: "
             "pip install 'mambaout_jax[wandb]', or leave the key empty"
         ) from error
-    path = workdir / "wandb_id"
-    if not path.exists():
-        write_file(path, uuid.uuid4().hex)
     # wandb writes to disks only.
     folder = None if is_bucket(workdir) else os.fspath(workdir)
-    return wandb.init(project=project, dir=folder, id=path.read_text().strip(), resume="allow")
+    return wandb.init(project=project, dir=folder, id=wandb_id(workdir), resume="allow")
+
+
+def wandb_id(workdir: epath.Path) -> str:
+    """Returns the id of the workdir's run of Weights & Biases, drawn once and kept there.
+
+    Raises:
+        StorageError: when it cannot be read.
+        UserError: when it cannot be written.
+    """
+    path = workdir / "wandb_id"
+    if path.exists():
+        found = reading(path.read_bytes, os.fspath(path))
+        if re.fullmatch(rb"[0-9a-f]{32}\s*", found):  # else the file is damaged
+            return found.decode().strip()
+    drawn = uuid.uuid4().hex
+    write_file(path, drawn)
+    return drawn
 
 
 def draw_curves(rows: Sequence[Row], path: epath.Path, title: str = "") -> None:

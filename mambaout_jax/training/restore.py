@@ -17,7 +17,7 @@ from mambaout_jax.runtime.processes import all_or_none
 from mambaout_jax.runtime.storage import cause, reading
 from mambaout_jax.training.checkpoint import items_of
 from mambaout_jax.training.state import TrainState
-from mambaout_jax.weights.info import NewerFormatError, WeightsInfo
+from mambaout_jax.weights.info import NewerFormatError, WeightsInfo, without_checksum
 from mambaout_jax.weights.integrity import fingerprints
 from mambaout_jax.weights.steps import DAMAGED, set_aside
 
@@ -76,7 +76,7 @@ def restore(
         abstract: shapes and shardings of the state.
 
     Raises:
-        ValueError: when the arrays are not those that were saved.
+        ValueError: when the arrays or the data item are not those that were saved.
         Exception: others, as Orbax finds damage.
     """
     arrays = {name: tree for name, tree in items_of(abstract).items() if tree is not None}
@@ -89,7 +89,9 @@ def restore(
         opt_state=found["optimizer"]["opt_state"],
         ema_params=found["ema_params"] if abstract.ema_params is not None else None,
     )
-    data, info = dict(found["data"]), WeightsInfo.from_json(found["meta"])
+    data, info = without_checksum(found["data"]), WeightsInfo.from_json(found["meta"])
+    if "batches" not in data:
+        raise ValueError("its data item is incomplete")
     older = data.pop("fingerprint", None)
     if info.fingerprints not in ({}, fingerprints(**items_of(state))):
         raise ValueError("its arrays are not those that were saved")

@@ -51,7 +51,7 @@ class WeightsInfo:
     def to_json(self) -> dict[str, Any]:
         """Returns the record in JSON's types, with the format's version and a checksum."""
         record = {"format": FORMAT, **dataclasses.asdict(self)}
-        return {**record, "checksum": _checksum(record)}
+        return with_checksum(record)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any], name: str = "these weights") -> "WeightsInfo":
@@ -88,6 +88,23 @@ class WeightsInfo:
         """Returns the module that takes these weights; `options` as in `create_model`."""
         options = {"num_classes": self.num_classes, **self.overrides, **options}
         return create_model(self.model, **options)
+
+
+def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a JSON record with its checksum."""
+    return {**record, "checksum": _checksum(record)}
+
+
+def without_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record of `with_checksum` as it was; one that has no checksum is returned as it is.
+
+    Raises:
+        ValueError: the checksum differs.
+    """
+    fields = {key: value for key, value in record.items() if key != "checksum"}
+    if record.get("checksum", _checksum(fields)) != _checksum(fields):
+        raise ValueError("a record's checksum differs")
+    return fields
 
 
 def _checksum(record: Mapping[str, Any]) -> str:

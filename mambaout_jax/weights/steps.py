@@ -50,16 +50,22 @@ def _was_committed(step: epath.Path) -> bool:
 def set_aside(step: epath.Path) -> None:
     """Renames a damaged step to STEP.damaged, so that it is neither used nor lost.
 
+    Where a step of that number was set aside before, the name is STEP.2.damaged, and so on.
+
     In a bucket its objects are renamed one by one. Until that is done both folders have the marker,
-    without which Orbax would delete them, and what is left is found and renamed the next time.
+    without which Orbax would delete them, and what is left is found and set aside the next time.
     """
+    target, count = step.parent / f"{step.name}{DAMAGED}", 1
+    while target.exists():
+        count += 1
+        target = step.parent / f"{step.name}.{count}{DAMAGED}"
     if not is_bucket(step):
-        step.rename(step.parent / f"{step.name}{DAMAGED}")
+        step.rename(target)
         return
-    bucket, (_, key) = open_bucket(step), split(step)
+    bucket, (_, key), (_, new) = open_bucket(step), split(step), split(target)
     marker = bucket.blob(f"{key}/{MARKER}")
-    bucket.copy_blob(marker, bucket, f"{key}{DAMAGED}/{MARKER}")
+    bucket.copy_blob(marker, bucket, f"{new}/{MARKER}")
     for blob in list(bucket.list_blobs(prefix=f"{key}/")):
         if blob.name != marker.name:
-            bucket.rename_blob(blob, f"{key}{DAMAGED}{blob.name.removeprefix(key)}")
+            bucket.rename_blob(blob, new + blob.name.removeprefix(key))
     marker.delete()
