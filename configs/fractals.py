@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
 
     config.batch_size = 512
     config.eval.batch_size = 1000
-    config.schedule.learning_rate = 2e-3
+    config.schedule.learning_rate = 1e-3
+    config.schedule.per = "step"
     config.schedule.duration = "16 epochs"
     config.schedule.warmup = "2 epochs"
     config.schedule.cooldown = ""
