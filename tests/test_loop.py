@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import small_run
 from compiler_flags import FAST_COMPILATION
 from etils import epath
 from imagenet_fixture import jpeg, train_tiny, write_imagenet
+from jax._src.array import ArrayImpl
 
 from mambaout_jax import config as configuration
 from mambaout_jax.errors import UserError
@@ -88,6 +90,37 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, caplog):
     assert "finished already: 16 steps, top-1" in caplog.text
     after = {path: path.stat().st_mtime_ns for path in Path(finished).rglob("*") if is_file(path)}
     assert before == after
+
+
+def test_nothing_is_read_or_compiled_between_two_log_lines(tmp_path, monkeypatch):
+    """Log lines at steps 5 and 10, the only evaluation and save at step 10."""
+    reads, compilations, counts = [], [], {}
+    value, push = ArrayImpl._value, LossMeter.push
+    main = threading.main_thread()
+
+    def read(array):
+        reads.append(array.shape)
+        return value.fget(array)
+
+    def count(name, seconds, **_):
+        if name.endswith("backend_compile_duration") and threading.current_thread() is main:
+            compilations.append(seconds)
+
+    def push_and_count(losses, step, loss):
+        counts[step] = len(reads), len(compilations)
+        push(losses, step, loss)
+
+    monkeypatch.setattr(ArrayImpl, "_value", property(read))
+    monkeypatch.setattr(LossMeter, "push", push_and_count)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    keys = dict.fromkeys(("schedule.duration", "eval.every", "checkpoint.every"), "10 steps")
+    config = small_config(**keys, **{"schedule.warmup": "1 steps", "log.every": "5 steps"})
+    with jax.transfer_guard_device_to_host("disallow"):  # a CPU's reads are not guarded
+        small_run.train(config, tmp_path / "run")
+    assert compilations
+    assert counts[2] == counts[3] == counts[4] == counts[5]
+    assert counts[7] == counts[8] == counts[9] == counts[10]
+    assert counts[6][0] > counts[5][0], "the log line reads the losses"
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
