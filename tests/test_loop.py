@@ -148,6 +148,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch)
     assert (workdir / "metrics.csv").read_text() == (finished / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_device_equal_one_process_of_eight(finished, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

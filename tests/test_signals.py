@@ -98,6 +98,7 @@ def worker_of(process):
     return next(pid for pid, command in commands.items() if "spawn_main" in command)
 
 
+@pytest.mark.slow
 def test_a_loader_worker_that_is_killed_saves_the_run(straight, tmp_path):
     run = Command(tmp_path, "--config.data.workers=1", "--config.log.every=1 steps")
     run.wait_for(r"step +2/12")

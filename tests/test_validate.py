@@ -262,6 +262,7 @@ def validate_in_two_processes(calls, folder):
     return logs
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(runs, data, tmp_path):
     """Also where one of them runs out of memory, finds a damaged image, or has no checkpoint."""
     real = [[number % CLASSES, 3][: number % 3] for number in range(COUNT)]

@@ -80,8 +80,7 @@ def _sums(arrays: list[Any]) -> list[tuple[int, int]]:
     """Returns the two sums of each array, computed where the arrays are."""
     if not any(isinstance(array, jax.Array) for array in arrays):
         return [_numpy_sums(np.asarray(array)) for array in arrays]
-    sums = _compiled_sums(_mesh(arrays))
-    return [tuple(pair.tolist()) for pair in jax.device_get([sums(array) for array in arrays])]
+    return [tuple(sums) for sums in np.asarray(_compiled_sums(_mesh(arrays))(arrays)).tolist()]
 
 
 def _mesh(arrays: list[Any]) -> Any:
@@ -94,14 +93,12 @@ def _mesh(arrays: list[Any]) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _compiled_sums(mesh: Any) -> Any:
-    """Returns the jitted sums of an array, which every process of the mesh gets.
-
-    One program for each shape compiles faster than one for all arrays, many of which are alike.
-    """
+    """Returns the jitted sums of a list of arrays; every process of the mesh gets all of them."""
     replicated = NamedSharding(mesh, P()) if mesh is not None else None
-    return jax.jit(_jax_sums, out_shardings=replicated)
+    return jax.jit(lambda arrays: jnp.stack(list(map(_jax_sums, arrays))), out_shardings=replicated)
 
 
+@jax.jit  # so that it is traced once for each shape
 def _jax_sums(array: jax.Array) -> jax.Array:
     """Returns the two sums of an array, uint32 [2]. Positions are those in the whole array."""
     array = jnp.asarray(array)
