@@ -403,3 +403,4 @@ def test_the_compiled_step_sends_gradients_alone():
     assert set(exchanged(compiled)) == {"all-reduce"}
     reduced = re.findall(r" all-reduce(?:-start)?\(.*op_name=\"([^\"]*)", compiled.as_text())
     assert [name for name in reduced if "transpose" in name]
+    assert not [name for name in reduced if "while" in name], "sent in each iteration of a loop"

@@ -9,11 +9,12 @@ import sys
 
 import pytest
 
-from configs import default
+from configs import default, quickstart
 from mambaout_jax.errors import UserError
 from mambaout_jax.planning import plan, topology
-from mambaout_jax.planning.program import Kernel, Operation, read_program
+from mambaout_jax.planning.program import Kernel, Operation, lower_step, read_program
 from mambaout_jax.planning.schedule import count_cycles
+from mambaout_jax.runtime.sharding import make_mesh
 
 # Cut from a step that libtpu 0.0.52 compiled for v5e.
 MODULE = """\
@@ -70,6 +71,13 @@ def test_a_module_is_read():
         "all-reduce": (1, 4 * (640 + 1024)),
         "all-gather": (1 + 4, 4 * 8192 + 4 * 4 * 64),
     }
+
+
+def test_the_step_has_the_loop_over_parts_that_a_module_is_read_by():
+    config = quickstart.get_config()
+    config.batch_size, config.accumulate_steps, config.model.depthwise = 32, 2, "xla"
+    text = lower_step(config, make_mesh(), steps_per_epoch=10).as_text(debug_info=True)
+    assert '"jit(train_step)/while"' in text
 
 
 def test_a_schedule_is_counted():

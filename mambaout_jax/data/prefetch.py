@@ -98,7 +98,10 @@ class ThreadPool:
         return self._threads.submit(self._fill, chunk)
 
     def close(self) -> None:
-        """Ends the threads, each after its chunk: one of them may collect garbage and call this."""
+        """Ends the threads after their current chunks.
+
+        Does not wait for them: the garbage collector may call this in one of them.
+        """
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

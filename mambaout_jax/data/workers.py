@@ -106,7 +106,7 @@ class WorkerPool:
     def close(self) -> None:
         """Ends the processes."""
         self._wake.close()
-        if threading.current_thread() is not self._thread:  # it may collect garbage
+        if threading.current_thread() is not self._thread:  # where the garbage collector may run
             self._thread.join()
         self._at_exit()
         for worker in self._workers:

@@ -103,7 +103,7 @@ def _trips(text: str, parts: int) -> dict[str, int]:
         computation = open_bodies.pop()
         for line in _body(text, computation):
             if body := re.search(r" while\(.*body=%?([\w.-]+)", line):
-                # libtpu's text has no trip counts; the other loops draw random numbers.
+                # libtpu's text has no trip counts.
                 over_parts = 'op_name="jit(train_step)/while"' in line
                 trips[body[1]] = trips[computation] * (parts if over_parts else 1)
                 open_bodies.append(body[1])

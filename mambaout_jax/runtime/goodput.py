@@ -15,10 +15,10 @@ HOST = "host"  # the rest: the devices wait for the main thread to prepare and d
 class Goodput:
     """Divides the time since the run began, by what the devices do or wait for.
 
-    "device" is the time in which they compute training steps. While they do not, they wait for a
-    batch ("data wait") or for the main thread ("host"), unless the run evaluates, saves or
-    compiles. What the main thread does while the devices compute is not counted: steps are
-    dispatched ahead. A thread waits for the result of each step, to note when it ended.
+    "device" is the time in which they compute training steps. At other times they wait for a batch
+    ("data wait") or for the main thread ("host"), or the run evaluates, saves or compiles. Steps
+    are dispatched ahead, so what the main thread does while the devices compute is not counted. A
+    thread waits for the result of each step and records when it ended.
     """
 
     def __init__(self) -> None:
@@ -41,17 +41,22 @@ class Goodput:
 
     @contextlib.contextmanager
     def waiting_for_batch(self) -> Iterator[None]:
-        """Notes when the main thread waits for the batch of the next step."""
+        """Records when the main thread waits for the batch of the next step."""
         start = time.perf_counter()
         yield
         self._waited = (start, time.perf_counter())
 
     def dispatched(self, start: float, result: jax.Array) -> None:
-        """Notes a step: when its dispatch began, by `time.perf_counter`, and one of its results."""
+        """Records a step.
+
+        Args:
+            start: when its dispatch began, by `time.perf_counter`.
+            result: one of its results.
+        """
         self._steps.put((start, self._waited, result))
 
     def elapsed(self) -> dict[str, float]:
-        """Returns the seconds of each part since the beginning, after the last dispatched step."""
+        """Returns the seconds of each part since the beginning; waits for the dispatched steps."""
         self._steps.join()
         total = time.perf_counter() - self.began
         return self.seconds | {HOST: total - sum(self.seconds.values())}
@@ -68,13 +73,13 @@ class Goodput:
         return f"time of {time.perf_counter() - self.began:,.0f} s: {parts}"
 
     def close(self) -> None:
-        """Ends the thread after the steps that were dispatched. Does not wait for it."""
+        """Ends the thread after the dispatched steps, without waiting for it."""
         self._steps.put(None)
 
     def _watch(self) -> None:
         while (step := self._steps.get()) is not None:
             start, waited, result = step
-            with contextlib.suppress(Exception):  # of the step: the main thread raises it, too
+            with contextlib.suppress(Exception):  # the main thread raises the step's error, too
                 result.block_until_ready()
             end = time.perf_counter()
             starved, busy = divide(self._ended, waited, start, end)

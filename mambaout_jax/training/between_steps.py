@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """The objects that a command uses from its start to its end."""
+    """What is open while a run trains."""
 
     workdir: epath.Path
     manager: ocp.CheckpointManager

@@ -19,7 +19,7 @@ from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
 from mambaout_jax.training.erasing import random_erasing
 
-_CANDIDATES = 16  # of a gamma draw; all are refused once in 1e20 draws
+_CANDIDATES = 16  # of a gamma draw; fewer than one draw in 1e20 accepts none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def mixup_cutmix(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(groups))
     draws = jax.vmap(functools.partial(draw_mixing, mixing=mixing, size=(height, width)))(keys)
     if not jax.sharding.get_abstract_mesh().empty:
-        # Every device makes all draws: they are few, and shared out they would have to be sent.
+        # Every device makes all draws: they are few, and sharded draws would have to be sent.
         draws = jax.lax.with_sharding_constraint(draws, PartitionSpec())
     draw = jax.tree.map(lambda leaf: jnp.repeat(leaf, count // len(keys), axis=0), draws)
     apply = draw.apply & jnp.asarray(enabled)
@@ -202,9 +202,9 @@ def _symmetric_beta(key: jax.Array, alpha: float) -> jax.Array:
 
     Gamma(alpha) is Gamma(alpha + 1) times a uniform number to the power of 1 / alpha, and
     Gamma(alpha + 1) is drawn by the rejection sampling of Marsaglia and Tsang, "A simple method for
-    generating gamma variables" (2000). It accepts more than 95% of the candidates. The first one
-    of 16 that is accepted is taken, not found by a loop as in jax.random.beta: the host of a GPU
-    would have to wait for each of the loop's iterations, and could not dispatch steps ahead.
+    generating gamma variables" (2000). It accepts more than 95% of the candidates, and the first
+    accepted one of 16 is taken. jax.random.beta draws candidates in a loop. On a GPU the host
+    waits for each iteration of a loop, so it could not dispatch steps ahead.
     """
     if alpha == 1:
         return jax.random.uniform(key)
@@ -218,7 +218,7 @@ def _symmetric_beta(key: jax.Array, alpha: float) -> jax.Array:
     accepted = (v > 0) & (log_u < x**2 / 2 + d * (1 - v + log_v))
     first = jnp.argmax(accepted, axis=1, keepdims=True)
     log_power = jnp.log(jax.random.uniform(key_power, (2,), minval=positive)) / alpha
-    log_gamma = jnp.take_along_axis(log_v, first, axis=1)[:, 0] + log_power  # but for log(d)
+    log_gamma = jnp.take_along_axis(log_v, first, axis=1)[:, 0] + log_power  # without log(d)
     return jax.nn.sigmoid(log_gamma[0] - log_gamma[1])
 
 

@@ -105,16 +105,17 @@ class Recorder:
 
 
 def import_in_background() -> None:
-    """Imports what the first log line and the first curves need, in a thread.
+    """Imports the modules of the first log line and the first curves, in a thread.
 
-    That takes seconds, most of all where PyTorch is installed, which tensorboardX imports then.
+    This takes seconds if PyTorch is installed, because tensorboardX imports it. Python waits for
+    the thread at its end: an import that is cut off can crash it.
     """
 
     def imports() -> None:
         import matplotlib.figure  # noqa: F401
         import tensorboardX.event_file_writer  # noqa: F401
 
-    threading.Thread(target=imports, name="imports", daemon=True).start()
+    threading.Thread(target=imports, name="imports").start()
 
 
 def read_rows(path: epath.Path) -> list[Row]:

@@ -1,6 +1,7 @@
 """One step of training, one of evaluation, and their compilation over a mesh."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -163,11 +164,12 @@ def compile_train_step(
 ) -> Any:
     """Returns the jitted `train_step` over the mesh; it donates the state and nothing else.
 
-    It takes the data of the key, uint32 [2]: a call with a key takes the host several times as long
-    (jax dispatches calls with key arrays in Python).
+    It takes the data of the key, uint32 [2]. jax dispatches calls with key arrays in Python, which
+    takes several times as long.
     """
     replicated = NamedSharding(mesh, P())
 
+    @functools.wraps(train_step)  # the planner finds the loop over parts by the program's name
     def step(state: TrainState, batch: Batch, key_data: jax.Array) -> Any:
         key = jax.random.wrap_key_data(key_data)
         return train_step(state, batch, key, model=model, optimizer=optimizer, recipe=recipe)

@@ -74,9 +74,7 @@ class WeightsInfo:
                     f"{name} has checkpoint format {version!r}, and this version of mambaout_jax "
                     f"reads formats up to {FORMAT}: update mambaout_jax"
                 )
-            if version > 0 and fields.pop("checksum") != _checksum(
-                {key: value for key, value in record.items() if key != "checksum"}
-            ):
+            if version > 0 and fields.pop("checksum") != _checksum(record):
                 raise UserError(f"the description of {name} is damaged: its checksum differs")
             fields = {key: _tuples(value) for key, value in fields.items()}
             fields["preprocessing"] = Preprocessing(**fields["preprocessing"])
@@ -96,19 +94,21 @@ def with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a record of `with_checksum` as it was; one that has no checksum is returned as it is.
+    """Returns a JSON record without its checksum, which older records do not have.
 
     Raises:
         ValueError: the checksum differs.
     """
-    fields = {key: value for key, value in record.items() if key != "checksum"}
-    if record.get("checksum", _checksum(fields)) != _checksum(fields):
-        raise ValueError("a record's checksum differs")
+    fields = dict(record)
+    if fields.pop("checksum", _checksum(record)) != _checksum(record):
+        raise ValueError("its checksum differs")
     return fields
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
-    text = json.dumps(record, sort_keys=True)
+    """Returns the checksum of all fields but the checksum itself."""
+    fields = {key: value for key, value in record.items() if key != "checksum"}
+    text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
