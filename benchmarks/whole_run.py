@@ -11,8 +11,9 @@ makes a folder of 500x375 JPEGs, and runs for each model, one after the other on
 - `timm`: timm's loader with the same recipe and mixing, and its network under torch.compile, with
   channels last, autocast to bfloat16 and fused AdamW, from the same files by as many workers.
 
-Prints images/s (of main.py the median of its log lines after the first ones, with the shares of
-its time), and the ratios to `step` and to `timm`. Logs are kept in --output.
+Prints images/s and the ratios to `step` and to `timm`. For main.py the figure is the median of its
+log lines without the first ones, and the shares of time are those of the last line. Logs are kept
+in --output.
 """
 
 import argparse
@@ -167,6 +168,8 @@ def main() -> None:
     parser.add_argument("--directory", default="", help="of the images; made in --output if absent")
     parser.add_argument("--timm_side", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps <= LOG_EVERY * SKIPPED:
+        parser.error(f"--steps is {options.steps}: the first {LOG_EVERY * SKIPPED} are not counted")
     options.output = options.output.absolute()
     options.directory = options.directory or os.fspath(options.output / "images")
     if options.timm_side:
