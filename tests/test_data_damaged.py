@@ -21,14 +21,14 @@ from mambaout_jax.errors import StorageError, UserError
 @pytest.fixture
 def folder(tmp_path):
     """Twelve images in order, of which numbers 3 and 4 are damaged."""
-    directory = tmp_path / "train" / "class"
+    directory = tmp_path / "damaged" / "train" / "class"
     directory.mkdir(parents=True)
     for number in range(12):
         (directory / f"{number:02d}.JPEG").write_bytes(jpeg(number))
     (directory / "03.JPEG").write_bytes(b"not an image")
     without_tables = jpeg(4).replace(b"\xff\xdb", b"\xff\xef")  # found out while decoding
     (directory / "04.JPEG").write_bytes(without_tables)
-    return tmp_path
+    return tmp_path / "damaged"
 
 
 def config(folder, max_bad_fraction=0.2, workers=0, backend="auto"):
@@ -41,8 +41,8 @@ def config(folder, max_bad_fraction=0.2, workers=0, backend="auto"):
 
 
 @pytest.mark.parametrize(("workers", "backend"), [(0, "pillow"), (1, "auto")])
-def test_training_replaces_counts_and_names_once(folder, caplog, workers, backend):
-    whole = shutil.copytree(folder, folder.with_name(f"whole{workers}"))
+def test_training_replaces_counts_and_names_once(tmp_path, folder, caplog, workers, backend):
+    whole = shutil.copytree(folder, tmp_path / "whole")
     for number in (3, 4):
         (whole / "train" / "class" / f"{number:02d}.JPEG").write_bytes(jpeg(5))
     batches = train_batches(config(folder, workers=workers, backend=backend))
