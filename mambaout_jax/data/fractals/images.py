@@ -1,5 +1,6 @@
 """Makes one image of the dataset, from the numbers of its class, split and place alone."""
 
+import colorsys
 import io
 import math
 
@@ -15,23 +16,20 @@ QUALITY = 90  # of the JPEG file
 
 _SEED = 20201
 _VARIATION = 0.15  # of a class's parameters; see `System.varied`
-_OTHERS = 400  # systems of no class: one stands, faint, behind that of the image's class
-_FAINT = 0.5  # its opacity
 _POINTS = (4_000, 20_000)
 _HALF_COVERED = 0.5  # points in a pixel that cover half of what is behind, as a part of the mean
 _TURN = math.pi / 6  # the largest rotation of the whole, either way
 _ZOOM = (0.6, 1.1)
 _SHIFT = 0.35  # the largest, in units of the attractor's deviation
-_CONTRAST = 0.25  # of the colours of the attractor and of what is behind it, at least
+_CONTRAST = 0.2  # in brightness, of the colours of the attractor and of what is behind, at least
+_HUES = 10  # of the attractors; classes whose numbers differ by a multiple of it share one
+_HUE_CHANGE = 0.04  # the largest, of a turn
 
 
 def make_pixels(label: int, split: str, index: int) -> np.ndarray:
     """Returns image number `index` of a class's part of a split, uint8 [SIZE, SIZE, 3]."""
     rng = np.random.default_rng((_SEED, label, list(SPLITS).index(split), index))
-    image = _gradient(rng.random((2, 2, 3)))
-    other = CLASSES + int(rng.integers(_OTHERS))
-    image = _draw(image, other, _FAINT, rng)
-    image = _draw(image, label, 1.0, rng)
+    image = _draw(_gradient(rng.random((2, 2, 3))), label, rng)
     return np.round(image * 255).astype(np.uint8)
 
 
@@ -42,9 +40,9 @@ def make_jpeg(label: int, split: str, index: int) -> bytes:
     return file.getvalue()
 
 
-def _draw(image: np.ndarray, number: int, opacity: float, rng: np.random.Generator) -> np.ndarray:
-    """Draws a varied attractor of a system over an image: moved, turned, in two colours."""
-    system = class_system(number).varied(_VARIATION, rng)
+def _draw(image: np.ndarray, label: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws a varied attractor of a class over an image: moved, turned, in two colours."""
+    system = class_system(label).varied(_VARIATION, rng)
     low, high = _POINTS
     points = int(rng.integers(low, high))
     x, y, tint = attractor(system, points, rng)
@@ -61,9 +59,9 @@ def _draw(image: np.ndarray, number: int, opacity: float, rng: np.random.Generat
     patch[1, 1] = True
     counts, weights = _patched(counts, patch), _patched(weights, patch)
     tints = weights / np.maximum(counts, 1)
-    cover = opacity * counts / (counts + _HALF_COVERED * counts[counts > 0].mean())
+    cover = counts / (counts + _HALF_COVERED * counts[counts > 0].mean())
     behind = float(image.mean())
-    one, other = _colour(behind, rng), _colour(behind, rng)
+    one, other = _colour(label, behind, rng), _colour(label, behind, rng)
     paint = one + (other - one) * tints[:, :, None]
     return image + (paint - image) * cover[:, :, None]
 
@@ -79,12 +77,14 @@ def _patched(flat: np.ndarray, patch: np.ndarray) -> np.ndarray:
     return total
 
 
-def _colour(behind: float, rng: np.random.Generator) -> np.ndarray:
-    """Draws a colour whose brightness differs from what is behind."""
+def _colour(label: int, behind: float, rng: np.random.Generator) -> np.ndarray:
+    """Draws a colour of a class's hue whose brightness differs from what is behind."""
     while True:
-        colour = rng.random(3)
-        if abs(float(colour.sum()) / 3 - behind) > _CONTRAST:
-            return colour
+        hue, saturation, value = rng.random(3)
+        hue = label / _HUES + _HUE_CHANGE * (2 * hue - 1)
+        colour = colorsys.hsv_to_rgb(hue % 1, 0.6 + 0.4 * saturation, 0.3 + 0.7 * value)
+        if abs(sum(colour) / 3 - behind) > _CONTRAST:
+            return np.array(colour)
 
 
 def _gradient(corners: np.ndarray) -> np.ndarray:
