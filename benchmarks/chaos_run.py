@@ -67,8 +67,9 @@ class Run:
     def wait_for(self, condition: Callable[[], bool], seconds: float = TIMEOUT) -> None:
         """Waits until the condition holds, the process ends, or the time is over."""
         end = time.monotonic() + seconds
+        pause = 0.05 if is_bucket(self.workdir) else 0.002  # of requests, or of files
         while not condition() and not self.ended() and time.monotonic() < end:
-            time.sleep(0.002)
+            time.sleep(pause)
 
     def finish(self) -> int | None:
         """Waits for the end of the process; returns its status, None for one that hangs."""
