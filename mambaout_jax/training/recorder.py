@@ -2,13 +2,14 @@
 
 import csv
 import io
+import logging
 import math
 import os
 import re
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -19,7 +20,10 @@ from mambaout_jax.files import write_file, writing
 from mambaout_jax.runtime.storage import reading
 from mambaout_jax.training.events import open_events
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("step", "epoch", "learning_rate", "train_loss", "eval_loss", "top1", "top5")
+METRICS, CURVES = "metrics.csv", "curves.png"
 
 Row = dict[str, Any]
 
@@ -80,14 +84,10 @@ class Recorder:
         self.rows.append({column: values[column] for column in COLUMNS})
         if not self.enabled:
             return
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_file(self.workdir / "metrics.csv", text.getvalue())
+        write_rows(self.rows, self.workdir / METRICS)
         names = {"eval_loss": "eval/loss", "top1": "eval/top1", "top5": "eval/top5"}
         self.scalars(int(values["step"]), {names[key]: values[key] for key in names})
-        draw_curves(self.rows, self.workdir / "curves.png", self.title)
+        draw_curves(self.rows, self.workdir / CURVES, self.title)
 
     def flush(self) -> None:
         """Writes the events out: to be called before a checkpoint is saved."""
@@ -118,6 +118,49 @@ def import_in_background() -> None:
     threading.Thread(target=imports, name="imports").start()
 
 
+def write_rows(rows: Sequence[Row], path: epath.Path) -> None:
+    """Writes a metrics.csv.
+
+    Raises:
+        StorageError: when storage fails for a while.
+        UserError: when it cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue())
+
+
+def repair(workdir: epath.Path, rows: Sequence[Row], title: str) -> None:
+    """Writes metrics.csv and curves.png of a finished run again where they are not whole.
+
+    Args:
+        workdir: of the run.
+        rows: of the last checkpoint.
+        title: of the curves.
+    """
+    try:
+        # As text, for NaN does not equal itself.
+        whole = repr(typed(rows)) == repr(read_rows(workdir / METRICS))
+    except (StorageError, AccessError):
+        raise
+    except UserError:
+        whole = False
+    if rows and not (whole and (workdir / CURVES).exists()):
+        logger.warning("%s or %s is not whole: writing both again", workdir / METRICS, CURVES)
+        write_rows(rows, workdir / METRICS)
+        draw_curves(rows, workdir / CURVES, title)
+
+
+def typed(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Returns rows with numbers in place of texts, or raises what `read_rows` catches."""
+    return [
+        {key: int(row[key]) if key == "step" else float(row[key]) for key in COLUMNS}
+        for row in rows
+    ]
+
+
 def read_rows(path: epath.Path) -> list[Row]:
     """Returns the rows of a metrics.csv, none where there is no such file.
 
@@ -127,11 +170,10 @@ def read_rows(path: epath.Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        rows = list(csv.DictReader(reading(path.read_text, os.fspath(path)).splitlines()))
-        return [
-            {key: int(row[key]) if key == "step" else float(row[key]) for key in COLUMNS}
-            for row in rows
-        ]
+        text = reading(path.read_text, os.fspath(path))
+        if not text.endswith("\n"):
+            raise ValueError("it is cut off")
+        return typed(csv.DictReader(text.splitlines()))
     except (StorageError, AccessError):
         raise
     except (ValueError, KeyError, TypeError, OSError, csv.Error):
