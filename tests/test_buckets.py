@@ -377,7 +377,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_unfinished_one_ignored(folder,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["start", "step", "save", "evaluation"])
+@pytest.mark.parametrize("moment", ["start", "step", "save", "evaluation", "resumable"])
 def test_a_killed_run_resumes_to_the_same_bits(moment, folder, run, straight):
     workdir, steps = folder / "run", folder / "run" / "checkpoints"
 
@@ -392,6 +392,8 @@ def test_a_killed_run_resumes_to_the_same_bits(moment, folder, run, straight):
         command.wait_for(rf"step +{random.randrange(1, STEPS)}/")
     elif moment == "save":
         command.wait_for(unfinished)
+    elif moment == "resumable":
+        command.wait_for(lambda: whole_steps(steps))
     else:
         command.wait_for(rf"step +{random.choice((4, 8))}/")
     time.sleep(pause)
@@ -399,6 +401,7 @@ def test_a_killed_run_resumes_to_the_same_bits(moment, folder, run, straight):
     command.process.wait()
     code, log = run(log="again").end()
     assert code == 0, log
+    assert moment != "resumable" or "resumed at step" in log
     assert_same_end(workdir, straight)
     assert not unfinished()
 
