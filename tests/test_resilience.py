@@ -30,7 +30,7 @@ from mambaout_jax.runtime.compilation import use_compilation_cache
 from mambaout_jax.runtime.goodput import COMPILE, DATA, DEVICE, Goodput, divide
 from mambaout_jax.runtime.profiler import Profiler
 from mambaout_jax.runtime.workdir import lock_workdir
-from mambaout_jax.training import between_steps, checkpoint, restore
+from mambaout_jax.training import between_steps, checkpoint, recorder, restore
 from mambaout_jax.training import step as step_module
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.state import init_state
@@ -267,6 +267,19 @@ def test_the_record_is_written_again_when_the_workdir_was_removed(tmp_path, monk
 def test_a_workdir_that_cannot_be_written_is_named():
     with pytest.raises(UserError, match="cannot write /proc/run"):
         train(small_config(), epath.Path("/proc/run"))
+
+
+def test_a_workdir_whose_name_is_not_utf8_is_refused_at_once(tmp_path):
+    workdir = epath.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(UserError, match=r"caf\udce9 is not UTF-8, and TensorStore"):
+        train(small_config(), workdir)
+    assert not workdir.exists()
+
+
+def test_curves_are_drawn_of_a_workdir_with_any_name(tmp_path):
+    row = dict.fromkeys(recorder.COLUMNS, 1.0)
+    recorder.draw_curves([row], tmp_path / "curves.png", "caf\udce9 a$b_{$")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_checkpoints_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):

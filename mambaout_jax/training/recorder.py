@@ -225,7 +225,8 @@ def draw_curves(rows: Sequence[Row], path: epath.Path, title: str = "") -> None:
 
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    figure.suptitle(title)
+    # The name of the workdir may have bytes that are not UTF-8, or dollar signs.
+    figure.suptitle(title.encode(errors="replace").decode(), parse_math=False)
     loss, top1 = figure.subplots(1, 2)
     loss.plot(epochs, [row["train_loss"] for row in rows], label="training, on augmented images")
     loss.plot(epochs, [row["eval_loss"] for row in rows], label="evaluation")
