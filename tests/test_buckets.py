@@ -239,9 +239,9 @@ class Command:
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.01)
 
-    def end(self):
+    def end(self, timeout=900):
         """Returns the exit code and the log."""
-        return self.process.wait(timeout=900), self.log.read_text()
+        return self.process.wait(timeout=timeout), self.log.read_text()
 
 
 @pytest.fixture
@@ -473,9 +473,11 @@ def test_requests_that_fail_are_tried_again(folder, server, run, straight):
 
 
 @pytest.mark.slow
-def test_a_slow_bucket(folder, server, run, straight):
-    server.faults = Faults(latency=0.3)
-    code, log = run().end()
+@pytest.mark.parametrize("latency", [0.3, 2.0])
+def test_a_slow_bucket(latency, folder, server, run, straight):
+    """About 800 requests, many one after the other: ten minutes at 2 s each."""
+    server.faults = Faults(latency=latency)
+    code, log = run().end(timeout=3000)
     assert code == 0, log
     server.faults = Faults()
     assert_same_end(folder / "run", straight)

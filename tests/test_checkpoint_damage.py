@@ -87,7 +87,10 @@ def test_metrics_that_are_not_those_of_the_description(workdir, content):
     assert names(workdir) == {"2", "3.damaged"}
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "null"])
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", DEEP], ids=["{}", "[]", "null", "deep"])
 @pytest.mark.parametrize("item", ["data", "meta", "params/_METADATA"])
 def test_valid_json_of_another_kind(workdir, item, content):
     path = workdir / "checkpoints/3" / item
@@ -98,9 +101,10 @@ def test_valid_json_of_another_kind(workdir, item, content):
 @pytest.mark.parametrize(
     "content",
     [
-        *("[]", "3", '{"item_handlers": 3}', '{"commit_timestamp_nsecs": "x"}'),
+        *("[]", "3", '{"item_handlers": 3}', '{"commit_timestamp_nsecs": "x"}', DEEP),
         '{"commit_timestamp_nsecs": 1000000000000000000000000000000}',
     ],
+    ids=["[]", "3", "handlers", "time", "deep", "late"],
 )
 def test_orbax_own_record_of_another_kind(workdir, content, caplog):
     (workdir / "checkpoints/3/_CHECKPOINT_METADATA").write_text(content)

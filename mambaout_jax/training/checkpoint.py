@@ -39,6 +39,8 @@ from mambaout_jax.weights.steps import (
 logger = logging.getLogger(__name__)
 
 METRIC = "top1"
+# What reading JSON of another kind raises; RecursionError: of brackets that go too deep.
+NOT_AS_SAVED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
 @contextlib.contextmanager
@@ -207,7 +209,7 @@ def has_readable_time(step: int, path: epath.Path) -> bool:
     found = ocp.step.Metadata(step, path)
     try:
         return bool(reading(lambda: found.commit_timestamp, f"{path / METADATA}"))
-    except (ValueError, KeyError, TypeError, OverflowError):  # JSON of another kind
+    except NOT_AS_SAVED:
         return False
 
 
@@ -223,12 +225,12 @@ def has_readable_metrics(step: epath.Path) -> bool:
         found = float(json.loads(reading(metrics.read_text, os.fspath(metrics)))[METRIC])
     except (StorageError, AccessError):
         raise
-    except (ValueError, KeyError, TypeError):
+    except NOT_AS_SAVED:
         return False
     try:
         described = json.loads(reading(meta.read_text, os.fspath(meta)))["metrics"][METRIC]
     except (StorageError, AccessError):
         raise
-    except (ValueError, KeyError, TypeError, OSError):
+    except (*NOT_AS_SAVED, OSError):
         return True
     return found == described or math.isnan(found)

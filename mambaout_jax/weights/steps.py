@@ -49,7 +49,7 @@ def _was_committed(step: epath.Path) -> bool:
     """Returns whether Orbax's own record says that the step was saved to its end."""
     try:
         return bool(json.loads((step / METADATA).read_text())["commit_timestamp_nsecs"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
