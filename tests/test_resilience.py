@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import re
@@ -179,6 +180,28 @@ def test_a_disk_that_fails_once_is_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", failing(Path.write_bytes, times=1))
     write_file(tmp_path / "file.json", "{}")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
+
+
+class FailingFile(io.FileIO):
+    """A file of which the first two writes fail with EIO."""
+
+    failures = 2
+
+    def write(self, content):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise OSError(errno.EIO, "Input/output error", self.name)
+        return super().write(content)
+
+
+def test_events_whose_write_fails_twice_are_written_once(tmp_path):
+    written = recorder.Recorder(epath.Path(tmp_path))
+    written.scalars(1, {"first": 1.0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    written.events._py_recordio_writer._writer = io.BufferedWriter(FailingFile(path, "ab"))
+    written.scalars(2, {"second": 2.0})
+    assert [path.read_bytes().count(tag) for tag in (b"first", b"second")] == [1, 1]
+    written.close()
 
 
 def test_a_disk_that_keeps_failing_is_an_error_of_the_storage(stopped, monkeypatch):

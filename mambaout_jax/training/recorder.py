@@ -16,7 +16,7 @@ from etils import epath
 
 from mambaout_jax.bucket import is_bucket
 from mambaout_jax.errors import AccessError, StorageError, UserError
-from mambaout_jax.files import write_file, writing
+from mambaout_jax.files import flush, write_file, writing
 from mambaout_jax.runtime.storage import reading
 from mambaout_jax.training.events import open_events
 
@@ -76,6 +76,8 @@ class Recorder:
                 self.events = open_events(self.workdir / "tensorboard", self.start_step)
             summary = Summary(value=scalars)
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if not is_bucket(self.workdir):  # before the buffer is full: this is tried again
+            self.flush()
         if self.wandb:
             self.wandb.log(values, step=step)
 
@@ -92,8 +94,7 @@ class Recorder:
     def flush(self) -> None:
         """Writes the events out: to be called before a checkpoint is saved."""
         if self.events:
-            with writing(self.workdir / "tensorboard"):
-                self.events.flush()
+            flush(self.events, self.workdir / "tensorboard")
 
     def close(self) -> None:
         """Writes the events out, and closes the files."""
