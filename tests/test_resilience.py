@@ -31,7 +31,7 @@ from mambaout_jax.runtime.compilation import use_compilation_cache
 from mambaout_jax.runtime.goodput import COMPILE, DATA, DEVICE, Goodput, divide
 from mambaout_jax.runtime.profiler import Profiler
 from mambaout_jax.runtime.workdir import lock_workdir
-from mambaout_jax.training import between_steps, checkpoint, recorder, restore
+from mambaout_jax.training import between_steps, checkpoint, curves, recorder, restore
 from mambaout_jax.training import step as step_module
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.state import init_state
@@ -204,6 +204,25 @@ def test_events_whose_write_fails_twice_are_written_once(tmp_path):
     written.close()
 
 
+@pytest.mark.parametrize("kind", [StorageError, UserError, PreemptedError])
+def test_an_error_is_not_hidden_by_events_that_cannot_be_written(kind, tmp_path, monkeypatch):
+    calls = []
+
+    def fails():
+        calls.append(None)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def record():
+        with recorder.Recorder(epath.Path(tmp_path)) as written:
+            written.scalars(1, {"loss": 1.0})
+            monkeypatch.setattr(written.events, "close", fails)
+            raise kind("first")
+
+    with pytest.raises(kind, match="first"):
+        record()
+    assert len(calls) == (kind is not StorageError)
+
+
 def test_a_disk_that_keeps_failing_is_an_error_of_the_storage(stopped, monkeypatch):
     monkeypatch.setattr(files, "WRITE_ATTEMPTS", 1)
     monkeypatch.setattr(Path, "write_bytes", failing(Path.write_bytes, times=100))
@@ -301,7 +320,7 @@ def test_a_workdir_whose_name_is_not_utf8_is_refused_at_once(tmp_path):
 
 def test_curves_are_drawn_of_a_workdir_with_any_name(tmp_path):
     row = dict.fromkeys(recorder.COLUMNS, 1.0)
-    recorder.draw_curves([row], tmp_path / "curves.png", "caf\udce9 a$b_{$")
+    curves.draw_curves([row], tmp_path / "curves.png", "caf\udce9 a$b_{$")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -159,15 +159,16 @@ def open_session(
     # Two FLOPs per multiply-accumulate; a training step takes three forward passes.
     peak = peak_flops(jax.devices()[0].device_kind)
     images = peak * jax.device_count() / (6 * layer.macs) if peak else None
-    recorder = Recorder(
-        workdir,
-        position.step,
-        position.rows,
-        title=title(run, workdir),
-        wandb_project=run.wandb_project,
-        enabled=primary,
+    recorder = stack.enter_context(
+        Recorder(
+            workdir,
+            position.step,
+            position.rows,
+            title=title(run, workdir),
+            wandb_project=run.wandb_project,
+            enabled=primary,
+        )
     )
-    stack.callback(recorder.close)
     total, batch_size = run.steps.total, run.batch_size
     progress = Progress(total, position.step, batch_size, clock, images, primary)
     stack.callback(progress.close)
