@@ -4,6 +4,8 @@
     python benchmarks/chaos.py --faults=sigkill --moments=step,save --count=20
     python benchmarks/chaos.py --faults=sigkill --workdirs=gs://BUCKET/chaos
 
+The environment of the third is that of a bucket, or what `python tests/bucket_server.py` prints.
+
 Each cell is a run of its own: a kind of fault (`chaos_faults.py`) at a random instance of a moment.
 Then what can be repaired is repaired, such as a full disk, and the same command finishes the run.
 Parameters, optimizer, averages, metrics.csv and the curves that TensorBoard shows must be those of
@@ -17,12 +19,12 @@ import concurrent.futures
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from chaos_faults import FAULTS, MOMENTS, RESUMES, Fault
@@ -30,6 +32,7 @@ from chaos_run import EPOCH, ROOT, STEPS, Run, differences
 from etils import epath
 
 from mambaout_jax.bucket import absolute, is_bucket
+from mambaout_jax.weights.steps import whole_steps
 
 RESTARTS = 3  # of a command that ends with status 75
 lock = threading.Lock()  # of the results, and of jax
@@ -49,6 +52,9 @@ def wait_for_moment(run: Run, moment: str, random_: random.Random) -> None:
     elif moment == "save":
         run.wait_for(lambda: run.last_step() >= step and bool(run.unfinished()))
         time.sleep(random_.random() * 0.1)
+    elif moment == "resumable":
+        run.wait_for(lambda: bool(whole_steps(run.workdir / "checkpoints")))
+        run.wait_for(lambda: run.last_step() == STEPS, random_.random() * 5)
     else:
         step = EPOCH * random_.randrange(1, STEPS // EPOCH + 1)
         run.wait_for(lambda: run.last_step() >= step)
@@ -91,9 +97,8 @@ def measure(folder: Path, workdirs: epath.Path, cell: str, seed: int) -> dict:
     fault, random_ = FAULTS[name], random.Random(f"{seed} {cell}")
     label = cell.replace("/", "-")
     run = Run(workdirs / label / "run", folder / f"{label}.log")
-    if not is_bucket(workdirs):
-        shutil.rmtree(run.workdir.parent, ignore_errors=True)
-        run.workdir.parent.mkdir(parents=True)
+    run.workdir.parent.rmtree(missing_ok=True)
+    run.workdir.parent.mkdir(parents=True)
     row = disturb(run, fault, moment, random_, folder / "chaos_eio.so")
     bad, environment, text = row.pop("bad"), row.pop("environment"), run.text()
     for _ in range(RESTARTS):
@@ -141,6 +146,15 @@ def outcome(row: dict) -> str:
     return f"{row['status']}, {row['seconds']} s, {resumed}{end}"
 
 
+def skip(
+    why: str, faults: list[tuple[str, Fault]], which: Callable[[Fault], bool]
+) -> list[tuple[str, Fault]]:
+    """Returns the faults that can be made, and names the others."""
+    if left := [name for name, fault in faults if which(fault)]:
+        print(f"not run, for {why}:", *left)
+    return [(name, fault) for name, fault in faults if not which(fault)]
+
+
 def read_results(path: Path) -> dict[str, dict]:
     """Returns the rows of the cells that were made, by cell."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -169,9 +183,12 @@ def main() -> int:
     straight.start()
     assert straight.finish() == 0, straight.text()
     chosen = [(name, FAULTS[name]) for name in arguments.faults.split(",")]
-    if os.geteuid() or is_bucket(workdirs):
-        print("not run, for they mount disks:", *(name for name, x in chosen if x.mounts))
-        chosen = [(name, fault) for name, fault in chosen if not fault.mounts]
+    if is_bucket(workdirs):
+        chosen = skip(
+            "they are faults of disks", chosen, lambda x: x.disk or x.mounts or x.preloads
+        )
+    elif os.geteuid():
+        chosen = skip("they mount disks", chosen, lambda x: x.mounts)
     cells = [
         f"{name}/{moment}/{number}"
         for number in range(arguments.count)

@@ -14,9 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chaos_run import Run
+from etils import epath
 
-MOMENTS = ("start-up", "compile", "step", "evaluation", "save")
-LOOP = MOMENTS[2:]
+from mambaout_jax.weights.steps import whole_steps
+
+MOMENTS = ("start-up", "compile", "step", "evaluation", "save", "resumable")
+LOOP = MOMENTS[2:5]
 KILLED = -signal.SIGKILL
 RESUMES = 75
 
@@ -37,16 +40,18 @@ class Fault:
         mend: called before the run is resumed.
         preloads: whether the run starts with `chaos_eio.c`.
         mounts: whether it needs root.
+        disk: whether it is a fault of disks alone, as those that mount and preload are.
         loses: what is promised to survive everywhere else, and is lost here.
     """
 
     inject: Callable[[Run, random.Random], None]
     status: tuple[int, ...]
-    moments: tuple[str, ...] = MOMENTS
+    moments: tuple[str, ...] = MOMENTS[:5]
     prepare: Callable[[Run, random.Random], None] = nothing
     mend: Callable[[Run, random.Random], None] = nothing
     preloads: bool = False
     mounts: bool = False
+    disk: bool = False
     loses: tuple[str, ...] = ()
 
 
@@ -146,20 +151,15 @@ def stop_failing(run: Run, random_: random.Random) -> None:
         run.log.with_suffix(f".{kind}").unlink(missing_ok=True)
 
 
-def newest(run: Run) -> Path:
+def newest(run: Run) -> epath.Path:
     """Returns the folder of the newest checkpoint."""
-    steps = [path for path in Path(run.workdir / "checkpoints").iterdir() if path.name.isdigit()]
-    return max(steps, key=lambda path: int(path.name))
+    steps = whole_steps(run.workdir / "checkpoints")
+    return steps[max(steps)]
 
 
 def kill_with_two_checkpoints(run: Run, random_: random.Random) -> None:
     """Kills the run once it has two checkpoints: one is to be damaged."""
-
-    def two() -> bool:
-        folder = Path(run.workdir / "checkpoints")
-        return sum(path.name.isdigit() for path in folder.iterdir()) > 1
-
-    run.wait_for(two)
+    run.wait_for(lambda: len(whole_steps(run.workdir / "checkpoints")) > 1)
     sent(signal.SIGKILL, group=False)(run, random_)
     run.process.wait()
 
@@ -177,7 +177,8 @@ def cut_file(run: Run, random_: random.Random) -> None:
     """Cuts an array file of the newest checkpoint off."""
     kill_with_two_checkpoints(run, random_)
     path = array_file(run, random_)
-    os.truncate(path, random_.randrange(path.stat().st_size))
+    content = path.read_bytes()
+    path.write_bytes(content[: random_.randrange(len(content))])
 
 
 def empty_folder(run: Run, random_: random.Random) -> None:
@@ -186,9 +187,9 @@ def empty_folder(run: Run, random_: random.Random) -> None:
     (Path(run.workdir) / "checkpoints" / "12").mkdir(exist_ok=True)
 
 
-def array_file(run: Run, random_: random.Random) -> Path:
+def array_file(run: Run, random_: random.Random) -> epath.Path:
     """Returns a file with arrays of the newest checkpoint."""
-    files = [path for path in newest(run).rglob("d/*") if path.stat().st_size > 1000]
+    files = [path for path in newest(run).glob("*/d/*") if len(path.read_bytes()) > 1000]
     return random_.choice(sorted(files))
 
 
@@ -199,7 +200,7 @@ def failing_resume(run: Run, random_: random.Random) -> None:
 
 
 FAULTS = {
-    "sigkill": Fault(sent(signal.SIGKILL, False), (KILLED,)),
+    "sigkill": Fault(sent(signal.SIGKILL, False), (KILLED,), MOMENTS),
     "sigterm": Fault(sent(signal.SIGTERM, False), (RESUMES,)),
     "sigterm-group": Fault(sent(signal.SIGTERM, True), (RESUMES,)),
     "sigint-group": Fault(sent(signal.SIGINT, True), (RESUMES,)),
@@ -209,14 +210,14 @@ FAULTS = {
         nothing, (1,), ("start-up",), prepare=full_disk, mend=free_disk, mounts=True
     ),
     "disk-full": Fault(
-        fill_disk, (1,), MOMENTS[1:], prepare=mount_disk, mend=free_disk, mounts=True
+        fill_disk, (1,), MOMENTS[1:5], prepare=mount_disk, mend=free_disk, mounts=True
     ),
-    "file-limit": Fault(limit_files, (1,)),
+    "file-limit": Fault(limit_files, (1,), disk=True),
     "read-only": Fault(forbid_writes, (1,), mend=allow_writes, mounts=True),
-    "removed": Fault(remove, (0, 1), MOMENTS[1:], loses=("TensorBoard's curves",)),
+    "removed": Fault(remove, (0, 1), MOMENTS[1:5], loses=("TensorBoard's curves",), disk=True),
     "bit": Fault(flip_bit, (KILLED,), LOOP),
     "cut": Fault(cut_file, (KILLED,), LOOP),
-    "empty": Fault(empty_folder, (KILLED,), LOOP),
+    "empty": Fault(empty_folder, (KILLED,), LOOP, disk=True),
     "eio-writes": Fault(failing("writes", 10**9), (RESUMES,), mend=stop_failing, preloads=True),
     "eio-one-write": Fault(failing("writes", 1), (RESUMES,), LOOP, preloads=True),
     "eio-reads": Fault(failing_resume, (KILLED,), LOOP, preloads=True),

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mambaout_jax.bucket import children, is_bucket
-from mambaout_jax.weights.steps import whole_steps
+from mambaout_jax.weights.steps import DAMAGED, whole_steps
 
 ROOT = Path(__file__).parents[1]
 COMMAND = (
@@ -67,8 +67,9 @@ class Run:
     def wait_for(self, condition: Callable[[], bool], seconds: float = TIMEOUT) -> None:
         """Waits until the condition holds, the process ends, or the time is over."""
         end = time.monotonic() + seconds
+        pause = 0.05 if is_bucket(self.workdir) else 0.002  # of requests, or of files
         while not condition() and not self.ended() and time.monotonic() < end:
-            time.sleep(0.002)
+            time.sleep(pause)
 
     def finish(self) -> int | None:
         """Waits for the end of the process; returns its status, None for one that hangs."""
@@ -143,7 +144,8 @@ class Run:
         folder = self.workdir / "checkpoints"
         names = {path.name for path in children(folder)}
         if is_bucket(self.workdir):
-            return sorted(names - {str(step) for step in whole_steps(folder)})
+            names -= {str(step) for step in whole_steps(folder)}
+            return sorted(name for name in names if not name.endswith(DAMAGED))
         return sorted(name for name in names if "orbax-checkpoint-tmp" in name)
 
     def place(self) -> str:

@@ -44,17 +44,24 @@ def is_bucket(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Returns the absolute path of a file or folder. To be called before a path is used.
+    """Returns the absolute path of a folder of arrays. To be called before a path is used.
 
     Raises:
-        UserError: when it is in a bucket that cannot be used.
+        UserError: when it is in a bucket that cannot be used, or TensorStore cannot use its name.
     """
     check_path(os.fspath(path))
     path = epath.Path(path)
     if is_bucket(path):
         open_bucket(path)
         return path
-    return path.expanduser().resolve()
+    path = path.expanduser().resolve()
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path} is not UTF-8, and TensorStore writes arrays to no such folder: choose another"
+        ) from None
+    return path
 
 
 def check_path(path: str) -> None:

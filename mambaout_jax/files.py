@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tenacity
 from etils import epath
@@ -15,6 +15,13 @@ from mambaout_jax.bucket import failed, io_errors, is_bucket
 from mambaout_jax.errors import StorageError, UserError
 
 WRITE_ATTEMPTS = 4
+
+
+class Flushable(Protocol):
+    """A buffered file."""
+
+    def flush(self) -> object:
+        """Writes the buffer."""
 
 
 @contextlib.contextmanager
@@ -75,16 +82,35 @@ def write_file(path: epath.PathLike, content: bytes | str) -> None:
         _write_disk(path, content)
 
 
-@tenacity.retry(
+def flush(file: Flushable, path: epath.PathLike) -> None:
+    """Writes out what a file that is at `path` has buffered; a failed flush keeps the buffer.
+
+    Raises:
+        StorageError: when storage fails for a while, and at each attempt.
+        UserError: names the path and the cause when it cannot be written.
+    """
+    attempt = _flush if is_bucket(path) else _retried(_flush)
+    attempt(file, path)
+
+
+_retried = tenacity.retry(
     retry=tenacity.retry_if_exception_type(StorageError),
     stop=lambda attempt: attempt.attempt_number >= WRITE_ATTEMPTS,
     wait=tenacity.wait_exponential(multiplier=0.5),
     reraise=True,
 )
+
+
+@_retried
 def _write_disk(path: epath.Path, content: bytes) -> None:
     """Writes a file of a disk, after further attempts where the disk fails for a while."""
     with replacing(path) as part:
         part.write_bytes(content)
+
+
+def _flush(file: Flushable, path: epath.PathLike) -> None:
+    with writing(path):
+        file.flush()
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:

@@ -239,9 +239,9 @@ class Command:
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.01)
 
-    def end(self):
+    def end(self, timeout=900):
         """Returns the exit code and the log."""
-        return self.process.wait(timeout=900), self.log.read_text()
+        return self.process.wait(timeout=timeout), self.log.read_text()
 
 
 @pytest.fixture
@@ -377,7 +377,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_unfinished_one_ignored(folder,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["start", "step", "save", "evaluation"])
+@pytest.mark.parametrize("moment", ["start", "step", "save", "evaluation", "resumable"])
 def test_a_killed_run_resumes_to_the_same_bits(moment, folder, run, straight):
     workdir, steps = folder / "run", folder / "run" / "checkpoints"
 
@@ -392,6 +392,8 @@ def test_a_killed_run_resumes_to_the_same_bits(moment, folder, run, straight):
         command.wait_for(rf"step +{random.randrange(1, STEPS)}/")
     elif moment == "save":
         command.wait_for(unfinished)
+    elif moment == "resumable":
+        command.wait_for(lambda: whole_steps(steps))
     else:
         command.wait_for(rf"step +{random.choice((4, 8))}/")
     time.sleep(pause)
@@ -399,6 +401,7 @@ def test_a_killed_run_resumes_to_the_same_bits(moment, folder, run, straight):
     command.process.wait()
     code, log = run(log="again").end()
     assert code == 0, log
+    assert moment != "resumable" or "resumed at step" in log
     assert_same_end(workdir, straight)
     assert not unfinished()
 
@@ -470,9 +473,11 @@ def test_requests_that_fail_are_tried_again(folder, server, run, straight):
 
 
 @pytest.mark.slow
-def test_a_slow_bucket(folder, server, run, straight):
-    server.faults = Faults(latency=0.3)
-    code, log = run().end()
+@pytest.mark.parametrize("latency", [0.3, 2.0])
+def test_a_slow_bucket(latency, folder, server, run, straight):
+    """About 800 requests, many one after the other: ten minutes at 2 s each."""
+    server.faults = Faults(latency=latency)
+    code, log = run().end(timeout=3000)
     assert code == 0, log
     server.faults = Faults()
     assert_same_end(folder / "run", straight)

@@ -16,6 +16,7 @@ from etils import epath
 from mambaout_jax.errors import UserError
 from mambaout_jax.training import checkpoint
 from mambaout_jax.training.restore import check_model, restore_newest
+from mambaout_jax.weights.store import load_weights
 
 INFO = dataclasses.replace(make_checkpoints.INFO, averaged=True)
 STATE = make_checkpoints.state()
@@ -86,12 +87,36 @@ def test_metrics_that_are_not_those_of_the_description(workdir, content):
     assert names(workdir) == {"2", "3.damaged"}
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "null"])
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", DEEP], ids=["{}", "[]", "null", "deep"])
 @pytest.mark.parametrize("item", ["data", "meta", "params/_METADATA"])
 def test_valid_json_of_another_kind(workdir, item, content):
     path = workdir / "checkpoints/3" / item
     (path / "metadata" if path.is_dir() else path).write_text(content)
     assert resume(workdir) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "3", '{"item_handlers": 3}', '{"commit_timestamp_nsecs": "x"}', DEEP),
+        '{"commit_timestamp_nsecs": 1000000000000000000000000000000}',
+    ],
+    ids=["[]", "3", "handlers", "time", "deep", "late"],
+)
+def test_orbax_own_record_of_another_kind(workdir, content, caplog):
+    (workdir / "checkpoints/3/_CHECKPOINT_METADATA").write_text(content)
+    assert resume(workdir) == 2
+    assert names(workdir) == {"2", "3.damaged"}
+    assert "checkpoint 3 is damaged: _CHECKPOINT_METADATA cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "{}", "null", "\x00"])
+def test_orbax_own_record_is_not_needed(workdir, content):
+    (workdir / "checkpoints/3/_CHECKPOINT_METADATA").write_text(content)
+    assert resume(workdir) == 3
 
 
 @pytest.mark.parametrize(
@@ -107,6 +132,20 @@ def test_a_copy_under_another_number_is_damage(workdir):
     shutil.copytree(workdir / "checkpoints/3", workdir / "checkpoints/4")
     assert resume(workdir) == 3
     assert names(workdir) == {"2", "3", "4.damaged"}
+
+
+def test_stray_files_and_folders_are_no_checkpoints(workdir):
+    """Only files that have the name of a step are renamed: a later save would fail."""
+    steps = Path(workdir / "checkpoints")
+    for name in ("notes.txt", "004", "9"):
+        (steps / name).write_text("")
+    for name in ("\N{SUPERSCRIPT TWO}", "notes"):
+        (steps / name).mkdir()
+    (steps / "12").symlink_to("missing")
+    assert load_weights(workdir)[1].metrics == {"top1": 3.0}
+    assert resume(workdir) == 3
+    stray = {"notes.txt", "004", "9.damaged", "\N{SUPERSCRIPT TWO}", "notes", "12.damaged"}
+    assert names(workdir) == {"2", "3"} | stray
 
 
 def test_a_file_in_place_of_the_folder_is_named(workdir):

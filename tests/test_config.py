@@ -146,7 +146,11 @@ def test_a_folder_of_other_files_is_no_workdir(tmp_path):
         workdir_check(tmp_path / "thesis.tex")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"se', b"\x00\xff\xfe", b"[1]"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"se', b"\x00\xff\xfe", b"[1]", b"[" * 100_000],
+    ids=["empty", "cut", "binary", "list", "deep"],
+)
 def test_a_damaged_record_is_named(tmp_path, content):
     (tmp_path / RECORD).write_bytes(content)
     with pytest.raises(UserError, match=r"config\.json is damaged: restore it"):

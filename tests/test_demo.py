@@ -135,7 +135,7 @@ def post(port, size):
 
 def test_the_server_refuses_an_upload_above_the_limit(page):
     assert post(page[1], 1 << 20)[0] == 200
-    status, message = post(page[1], 60 << 20)
+    status, message = post(page[1], 600 << 20)
     assert status == 413
     assert "maximum allowed size" in message
 

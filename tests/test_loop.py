@@ -24,7 +24,7 @@ from mambaout_jax import config as configuration
 from mambaout_jax.errors import UserError
 from mambaout_jax.evaluate_run import evaluate_workdir
 from mambaout_jax.training.metrics import LossMeter
-from mambaout_jax.training.recorder import Recorder, wandb_id
+from mambaout_jax.training.recorder import Recorder, read_rows, wandb_id
 from mambaout_jax.weights.store import load_weights
 
 SMALL = {
@@ -90,6 +90,29 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, caplog):
     assert "finished already: 16 steps, top-1" in caplog.text
     after = {path: path.stat().st_mtime_ns for path in Path(finished).rglob("*") if is_file(path)}
     assert before == after
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[:-9], lambda text: b"", lambda text: b"\x00\xff", None]
+)
+def test_metrics_and_curves_that_are_not_whole_are_written_again(
+    damage, finished, tmp_path, caplog
+):
+    """From the last checkpoint, by the command of a finished run; cut, empty, binary or gone."""
+    shutil.copytree(finished, tmp_path / "straight")
+    path = tmp_path / "straight" / "metrics.csv"
+    expected = path.read_bytes()
+    if damage:
+        path.write_bytes(damage(expected))
+        with pytest.raises(UserError, match=rf"{path} is damaged: restore it from a copy, or move"):
+            read_rows(epath.Path(path))
+    else:
+        path.unlink()
+        (path.parent / "curves.png").unlink()
+    small_run.train(small_config(), path.parent)
+    assert f"{path} or curves.png is not whole: writing both again" in caplog.text
+    assert path.read_bytes() == expected
+    assert (path.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_is_read_or_compiled_between_two_log_lines(tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """Several real processes, of which one is asked to end, dies, or is not what the others are."""
 
 import csv
+import functools
+import importlib.util
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,12 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from compiler_flags import FAST_COMPILATION
 from small_run import train
 
 from mambaout_jax import config as configuration
+from mambaout_jax.weights.store import load_weights
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -100,6 +105,55 @@ def test_one_of_two_is_asked_to_end_and_another_world_goes_on(tmp_path, caplog):
     assert f"resumed at step {step} of 12" in caplog.text
     assert "saved by 2 devices in 2 processes; now there are 8 devices in 1 proc" in caplog.text
     np.testing.assert_allclose(table(tmp_path / "run"), table(tmp_path / "straight"), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    """A run of two processes: its folder, and the logged loss of each step."""
+    folder = tmp_path_factory.mktemp("two")
+    codes, logs = Launch(
+        folder, 2, keys=dict.fromkeys((0, 1), ("--config.checkpoint.keep=3",))
+    ).end()
+    assert codes == [0, 0], logs
+    assert ("Numba" in logs[0]) == FAST
+    return folder, losses(logs[0])
+
+
+def losses(log):
+    return {
+        int(step): float(loss) for step, loss in re.findall(r"step +(\d+)/.*loss ([\d.]+)", log)
+    }
+
+
+FAST = importlib.util.find_spec("numba") is not None
+FASTER = {
+    "accumulate_steps": "4",
+    "model.remat": "True",
+    "data.backend": "pillow",
+    "model.depthwise": "shifted",
+}
+
+
+@pytest.mark.parametrize("names", [[name] for name in FASTER] + [list(FASTER)], ids=".".join)
+def test_a_smaller_slice_may_go_on_with_other_keys_of_speed(on_two, tmp_path, names):
+    """One process resumes at step 4; the losses and parameters are those of two processes."""
+    folder, expected = on_two
+    shutil.copytree(folder / "run", tmp_path / "run")
+    for step in ("8", "12"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+    keys = [f"--config.{name}={FASTER[name]}" for name in names]
+    codes, (log,) = Launch(tmp_path, 1, keys={0: keys}).end()
+    assert codes == [0], log
+    assert "resumed at step 4 of 12" in log
+    assert ("Numba" in log) == (FAST and "data.backend" not in names)
+    found = losses(log)
+    assert list(found) == list(range(5, 13))
+    np.testing.assert_allclose([*found.values()], [expected[step] for step in found], atol=2e-4)
+    np.testing.assert_allclose(table(tmp_path / "run"), table(folder / "run"), rtol=1e-4)
+    ours, theirs = (
+        load_weights(path / "run" / "checkpoints" / "12")[0] for path in (tmp_path, folder)
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), ours, theirs)
 
 
 def test_a_process_that_dies_ends_the_other(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from mambaout_jax.runtime.compilation import use_compilation_cache
 from mambaout_jax.runtime.goodput import COMPILE, DATA, DEVICE, Goodput, divide
 from mambaout_jax.runtime.profiler import Profiler
 from mambaout_jax.runtime.workdir import lock_workdir
-from mambaout_jax.training import between_steps, checkpoint, restore
+from mambaout_jax.training import between_steps, checkpoint, curves, recorder, restore
 from mambaout_jax.training import step as step_module
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.state import init_state
@@ -181,6 +182,47 @@ def test_a_disk_that_fails_once_is_written_again(tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
 
 
+class FailingFile(io.FileIO):
+    """A file of which the first two writes fail with EIO."""
+
+    failures = 2
+
+    def write(self, content):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise OSError(errno.EIO, "Input/output error", self.name)
+        return super().write(content)
+
+
+def test_events_whose_write_fails_twice_are_written_once(tmp_path):
+    written = recorder.Recorder(epath.Path(tmp_path))
+    written.scalars(1, {"first": 1.0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    written.events._py_recordio_writer._writer = io.BufferedWriter(FailingFile(path, "ab"))
+    written.scalars(2, {"second": 2.0})
+    assert [path.read_bytes().count(tag) for tag in (b"first", b"second")] == [1, 1]
+    written.close()
+
+
+@pytest.mark.parametrize("kind", [StorageError, UserError, PreemptedError])
+def test_an_error_is_not_hidden_by_events_that_cannot_be_written(kind, tmp_path, monkeypatch):
+    calls = []
+
+    def fails():
+        calls.append(None)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def record():
+        with recorder.Recorder(epath.Path(tmp_path)) as written:
+            written.scalars(1, {"loss": 1.0})
+            monkeypatch.setattr(written.events, "close", fails)
+            raise kind("first")
+
+    with pytest.raises(kind, match="first"):
+        record()
+    assert len(calls) == (kind is not StorageError)
+
+
 def test_a_disk_that_keeps_failing_is_an_error_of_the_storage(stopped, monkeypatch):
     monkeypatch.setattr(files, "WRITE_ATTEMPTS", 1)
     monkeypatch.setattr(Path, "write_bytes", failing(Path.write_bytes, times=100))
@@ -267,6 +309,19 @@ def test_the_record_is_written_again_when_the_workdir_was_removed(tmp_path, monk
 def test_a_workdir_that_cannot_be_written_is_named():
     with pytest.raises(UserError, match="cannot write /proc/run"):
         train(small_config(), epath.Path("/proc/run"))
+
+
+def test_a_workdir_whose_name_is_not_utf8_is_refused_at_once(tmp_path):
+    workdir = epath.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(UserError, match=r"caf\udce9 is not UTF-8, and TensorStore"):
+        train(small_config(), workdir)
+    assert not workdir.exists()
+
+
+def test_curves_are_drawn_of_a_workdir_with_any_name(tmp_path):
+    row = dict.fromkeys(recorder.COLUMNS, 1.0)
+    curves.draw_curves([row], tmp_path / "curves.png", "caf\udce9 a$b_{$")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_checkpoints_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):

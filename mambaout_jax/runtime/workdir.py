@@ -167,7 +167,7 @@ def read_record(workdir: epath.Path) -> dict[str, Any]:
         record = json.loads(reading(path.read_text, os.fspath(path)))
     except (StorageError, AccessError):
         raise
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets that go too deep
         record = None
     except io_errors(path, OSError) as error:
         raise failed(f"cannot read {path}", error) from None

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mambaout_jax.bucket import absolute, failed
+from mambaout_jax.bucket import absolute, children, failed, is_bucket
 from mambaout_jax.errors import AccessError, StorageError, UserError
 from mambaout_jax.files import write_json, writing
 from mambaout_jax.runtime.processes import all_or_none
@@ -28,11 +28,19 @@ from mambaout_jax.runtime.storage import cause, is_transient, reading
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.weights.info import WeightsInfo, with_checksum
 from mambaout_jax.weights.integrity import fingerprints
-from mambaout_jax.weights.steps import mark_copied_steps, set_aside, whole_steps
+from mambaout_jax.weights.steps import (
+    METADATA,
+    is_step,
+    mark_copied_steps,
+    set_aside,
+    whole_steps,
+)
 
 logger = logging.getLogger(__name__)
 
 METRIC = "top1"
+# What reading JSON of another kind raises; RecursionError: of brackets that go too deep.
+NOT_AS_SAVED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
 
 @contextlib.contextmanager
@@ -174,11 +182,35 @@ def amend(
 
 
 def set_aside_unreadable(folder: epath.Path) -> None:
-    """Sets checkpoints aside whose metrics, which the manager reads, are damaged."""
-    for path in whole_steps(folder).values():
-        if not has_readable_metrics(path):
-            logger.warning("checkpoint %s is damaged: its metrics cannot be read", path.name)
+    """Sets checkpoints aside of which the manager could not read the time or the metrics.
+
+    So are files in the place of a step, where a later save would fail.
+    """
+    for path in [] if is_bucket(folder) else children(folder):
+        if is_step(path) and not path.is_dir():
+            logger.warning("%s is a file, not a checkpoint: renaming it", path)
             set_aside(path)
+    for step, path in whole_steps(folder).items():
+        if not has_readable_time(step, path):
+            damaged = METADATA
+        elif not has_readable_metrics(path):
+            damaged = "its metrics"
+        else:
+            continue
+        logger.warning("checkpoint %d is damaged: %s cannot be read", step, damaged)
+        set_aside(path)
+
+
+def has_readable_time(step: int, path: epath.Path) -> bool:
+    """Returns whether Orbax can read when a checkpoint was saved.
+
+    It takes the time of the folder where METADATA is missing or no JSON.
+    """
+    found = ocp.step.Metadata(step, path)
+    try:
+        return bool(reading(lambda: found.commit_timestamp, f"{path / METADATA}"))
+    except NOT_AS_SAVED:
+        return False
 
 
 def has_readable_metrics(step: epath.Path) -> bool:
@@ -193,12 +225,12 @@ def has_readable_metrics(step: epath.Path) -> bool:
         found = float(json.loads(reading(metrics.read_text, os.fspath(metrics)))[METRIC])
     except (StorageError, AccessError):
         raise
-    except (ValueError, KeyError, TypeError):
+    except NOT_AS_SAVED:
         return False
     try:
         described = json.loads(reading(meta.read_text, os.fspath(meta)))["metrics"][METRIC]
     except (StorageError, AccessError):
         raise
-    except (ValueError, KeyError, TypeError, OSError):
+    except (*NOT_AS_SAVED, OSError):
         return True
     return found == described or math.isnan(found)

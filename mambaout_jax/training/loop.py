@@ -32,7 +32,13 @@ from mambaout_jax.training.between_steps import (
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.programs import Programs, compile_programs
 from mambaout_jax.training.progress import Progress
-from mambaout_jax.training.recorder import Recorder, import_in_background, read_rows
+from mambaout_jax.training.recorder import (
+    METRICS,
+    Recorder,
+    import_in_background,
+    read_rows,
+    repair,
+)
 from mambaout_jax.training.restore import abstract_state, check_model, restore_newest
 from mambaout_jax.training.run import Position, Run, world
 from mambaout_jax.training.state import TrainState
@@ -66,6 +72,9 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
         manager = stack.enter_context(checkpoint.open_checkpoints(workdir, run.keep_checkpoints))
         position = newest_position(run, target, manager, workdir)
         if position and position.step >= run.steps.total and position.evaluated:
+            with all_or_none():
+                if jax.process_index() == 0:
+                    repair(workdir, position.rows, title(run, workdir))
             logger.info("finished already: %s", summary(run, position, manager, workdir))
             return
         if jax.process_index() == 0:
@@ -102,7 +111,7 @@ def newest_position(
     run.batches.restore(data["batches"])
     rows = data.get("rows")
     if rows is None:  # a run of an older version
-        rows = [row for row in read_rows(workdir / "metrics.csv") if row["step"] <= step]
+        rows = [row for row in read_rows(workdir / METRICS) if row["step"] <= step]
     logger.info("resumed at step %d of %d", step, run.steps.total)
     if data.get("world") != world():
         logger.info("it was saved by %s; now there are %s", data.get("world"), world())
@@ -150,15 +159,16 @@ def open_session(
     # Two FLOPs per multiply-accumulate; a training step takes three forward passes.
     peak = peak_flops(jax.devices()[0].device_kind)
     images = peak * jax.device_count() / (6 * layer.macs) if peak else None
-    recorder = Recorder(
-        workdir,
-        position.step,
-        position.rows,
-        title=f"{workdir.name}: {run.model_name} on {run.eval_batches.name}",
-        wandb_project=run.wandb_project,
-        enabled=primary,
+    recorder = stack.enter_context(
+        Recorder(
+            workdir,
+            position.step,
+            position.rows,
+            title=title(run, workdir),
+            wandb_project=run.wandb_project,
+            enabled=primary,
+        )
     )
-    stack.callback(recorder.close)
     total, batch_size = run.steps.total, run.batch_size
     progress = Progress(total, position.step, batch_size, clock, images, primary)
     stack.callback(progress.close)
@@ -217,6 +227,11 @@ def next_batch(run: Run, session: Session) -> dict[str, np.ndarray]:
         logger.warning("%s", lost)
         session.stop.request(str(lost))
     return next(run.batches)
+
+
+def title(run: Run, workdir: epath.Path) -> str:
+    """Returns the title of the curves."""
+    return f"{workdir.name}: {run.model_name} on {run.eval_batches.name}"
 
 
 def summary(

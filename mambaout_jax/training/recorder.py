@@ -1,25 +1,31 @@
 """Records metrics: metrics.csv, curves.png, TensorBoard events, and optionally wandb."""
 
+import contextlib
 import csv
 import io
+import logging
 import math
 import os
 import re
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from mambaout_jax.bucket import is_bucket
 from mambaout_jax.errors import AccessError, StorageError, UserError
-from mambaout_jax.files import write_file, writing
+from mambaout_jax.files import flush, write_file, writing
 from mambaout_jax.runtime.storage import reading
+from mambaout_jax.training.curves import draw_curves
 from mambaout_jax.training.events import open_events
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("step", "epoch", "learning_rate", "train_loss", "eval_loss", "top1", "top5")
+METRICS, CURVES = "metrics.csv", "curves.png"
 
 Row = dict[str, Any]
 
@@ -72,6 +78,8 @@ class Recorder:
                 self.events = open_events(self.workdir / "tensorboard", self.start_step)
             summary = Summary(value=scalars)
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if not is_bucket(self.workdir):  # before the buffer is full: this is tried again
+            self.flush()
         if self.wandb:
             self.wandb.log(values, step=step)
 
@@ -80,20 +88,15 @@ class Recorder:
         self.rows.append({column: values[column] for column in COLUMNS})
         if not self.enabled:
             return
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_file(self.workdir / "metrics.csv", text.getvalue())
+        write_rows(self.rows, self.workdir / METRICS)
         names = {"eval_loss": "eval/loss", "top1": "eval/top1", "top5": "eval/top5"}
         self.scalars(int(values["step"]), {names[key]: values[key] for key in names})
-        draw_curves(self.rows, self.workdir / "curves.png", self.title)
+        draw_curves(self.rows, self.workdir / CURVES, self.title)
 
     def flush(self) -> None:
         """Writes the events out: to be called before a checkpoint is saved."""
         if self.events:
-            with writing(self.workdir / "tensorboard"):
-                self.events.flush()
+            flush(self.events, self.workdir / "tensorboard")
 
     def close(self) -> None:
         """Writes the events out, and closes the files."""
@@ -102,6 +105,19 @@ class Recorder:
                 self.events.close()
         if self.wandb:
             self.wandb.finish()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        """Closes; but after an error of storage, which further attempts would hide and delay."""
+        if error is None:
+            self.close()
+        elif not isinstance(error, StorageError | AccessError):
+            with contextlib.suppress(UserError):
+                self.close()
 
 
 def import_in_background() -> None:
@@ -118,6 +134,49 @@ def import_in_background() -> None:
     threading.Thread(target=imports, name="imports").start()
 
 
+def write_rows(rows: Sequence[Row], path: epath.Path) -> None:
+    """Writes a metrics.csv.
+
+    Raises:
+        StorageError: when storage fails for a while.
+        UserError: when it cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue())
+
+
+def repair(workdir: epath.Path, rows: Sequence[Row], title: str) -> None:
+    """Writes metrics.csv and curves.png of a finished run again where they are not whole.
+
+    Args:
+        workdir: of the run.
+        rows: of the last checkpoint.
+        title: of the curves.
+    """
+    try:
+        # As text, for NaN does not equal itself.
+        whole = repr(typed(rows)) == repr(read_rows(workdir / METRICS))
+    except (StorageError, AccessError):
+        raise
+    except UserError:
+        whole = False
+    if rows and not (whole and (workdir / CURVES).exists()):
+        logger.warning("%s or %s is not whole: writing both again", workdir / METRICS, CURVES)
+        write_rows(rows, workdir / METRICS)
+        draw_curves(rows, workdir / CURVES, title)
+
+
+def typed(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Returns rows with numbers in place of texts, or raises what `read_rows` catches."""
+    return [
+        {key: int(row[key]) if key == "step" else float(row[key]) for key in COLUMNS}
+        for row in rows
+    ]
+
+
 def read_rows(path: epath.Path) -> list[Row]:
     """Returns the rows of a metrics.csv, none where there is no such file.
 
@@ -127,11 +186,10 @@ def read_rows(path: epath.Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        rows = list(csv.DictReader(reading(path.read_text, os.fspath(path)).splitlines()))
-        return [
-            {key: int(row[key]) if key == "step" else float(row[key]) for key in COLUMNS}
-            for row in rows
-        ]
+        text = reading(path.read_text, os.fspath(path))
+        if not text.endswith("\n"):
+            raise ValueError("it is cut off")
+        return typed(csv.DictReader(text.splitlines()))
     except (StorageError, AccessError):
         raise
     except (ValueError, KeyError, TypeError, OSError, csv.Error):
@@ -174,32 +232,3 @@ def wandb_id(workdir: epath.Path) -> str:
     drawn = uuid.uuid4().hex
     write_file(path, drawn)
     return drawn
-
-
-def draw_curves(rows: Sequence[Row], path: epath.Path, title: str = "") -> None:
-    """Draws loss and top-1 against epochs."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    figure.suptitle(title)
-    loss, top1 = figure.subplots(1, 2)
-    loss.plot(epochs, [row["train_loss"] for row in rows], label="training, on augmented images")
-    loss.plot(epochs, [row["eval_loss"] for row in rows], label="evaluation")
-    loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    loss.legend()
-    top1.plot(epochs, [row["top1"] for row in rows], color="tab:orange")
-    best = max(reversed(rows), key=lambda row: row["top1"])
-    top1.plot(best["epoch"], best["top1"], "o", color="tab:orange")
-    top1.set(
-        xlabel="epoch",
-        ylabel="top-1, %",
-        title=f"best {best['top1']:.2f}% at epoch {best['epoch']:g}, last {rows[-1]['top1']:.2f}%",
-    )
-    for axes in (loss, top1):
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
-        axes.grid(alpha=0.3)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    write_file(path, png.getvalue())

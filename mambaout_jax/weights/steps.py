@@ -5,6 +5,7 @@ one: there Orbax writes the step in place, and the object MARKER when everything
 """
 
 import json
+import re
 
 from etils import epath
 
@@ -17,13 +18,18 @@ DAMAGED = ".damaged"
 
 def whole_steps(folder: epath.Path) -> dict[int, epath.Path]:
     """Returns the whole steps of a checkpoints folder, by number, in order."""
-    steps = {int(path.name): path for path in children(folder) if path.name.isdigit()}
+    steps = {int(path.name): path for path in children(folder) if is_step(path)}
     return {step: steps[step] for step in sorted(steps) if is_whole(steps[step])}
+
+
+def is_step(path: epath.Path) -> bool:
+    """Returns whether a path is named as Orbax names a step: by its number."""
+    return bool(re.fullmatch("0|[1-9][0-9]*", path.name))
 
 
 def is_whole(step: epath.Path) -> bool:
     """Returns whether a step was saved to its end."""
-    return not is_bucket(step) or (step / MARKER).exists()
+    return (step / MARKER).exists() if is_bucket(step) else step.is_dir()
 
 
 def mark_copied_steps(folder: epath.Path) -> None:
@@ -33,7 +39,7 @@ def mark_copied_steps(folder: epath.Path) -> None:
     them on disks as well.
     """
     for step in children(folder) if is_bucket(folder) else ():
-        if step.name.isdigit() and not is_whole(step) and _was_committed(step):
+        if is_step(step) and not is_whole(step) and _was_committed(step):
             items = [path for path in children(step) if path.is_dir()]
             for path in [*items, step]:
                 (path / MARKER).write_text("copied from a disk")
@@ -43,7 +49,7 @@ def _was_committed(step: epath.Path) -> bool:
     """Returns whether Orbax's own record says that the step was saved to its end."""
     try:
         return bool(json.loads((step / METADATA).read_text())["commit_timestamp_nsecs"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
