@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import constants, errors, hf_hub_download
 
 from mambaout_jax.errors import UserError, first_line
-from mambaout_jax.models.pretrained import HUB_FILE, HUB_OWNER, find_pretrained
+from mambaout_jax.models.pretrained import EMBEDDED, HUB_FILE, HUB_OWNER, find_pretrained
 
 
 def fetch(name: str) -> Path:
@@ -52,7 +52,10 @@ def _silent_retries() -> Iterator[None]:
 def _explain(error: Exception, repository: str) -> str:
     """Returns the message for a download that failed."""
     if isinstance(error, errors.LocalEntryNotFoundError):
-        remedy = f"give the path of a {HUB_FILE} that was downloaded elsewhere"
+        remedy = (
+            f"give the path of a {HUB_FILE} that was downloaded elsewhere ({EMBEDDED}, on "
+            "handwritten digits, ships with this package and needs no network)"
+        )
         missing = f"{repository} is not in the cache {constants.HF_HUB_CACHE}"
         if constants.HF_HUB_OFFLINE:
             return f"{missing} and HF_HUB_OFFLINE is set: unset it, or {remedy}"
