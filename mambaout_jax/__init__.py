@@ -19,6 +19,7 @@ from mambaout_jax.weights.torch_layout import from_torch, to_torch
 if TYPE_CHECKING:
     from mambaout_jax.inference.predictor import Predictor
     from mambaout_jax.weights.load import load_pretrained, read_weights
+    from mambaout_jax.weights.to_nnx import to_nnx
 
 __all__ = [
     "MambaOut",
@@ -35,6 +36,7 @@ __all__ = [
     "preprocess_image",
     "preprocessing",
     "read_weights",
+    "to_nnx",
     "to_torch",
 ]
 
@@ -43,6 +45,7 @@ _LAZY = {
     "Predictor": "mambaout_jax.inference.predictor",
     "load_pretrained": "mambaout_jax.weights.load",
     "read_weights": "mambaout_jax.weights.load",
+    "to_nnx": "mambaout_jax.weights.to_nnx",
 }
 
 
