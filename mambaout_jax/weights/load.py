@@ -79,8 +79,8 @@ def read_weights(
     Args:
         name_or_path: a name on the hub or in this package (see `mambaout_jax.list_pretrained`); a
             variant, for its default weights; a .safetensors, .pth or .pt file in either layout; a
-            converted checkpoint; a run's working directory, for its best step; or one step of a
-            run.
+            converted checkpoint; a run's working directory, for its best step; one step of a run;
+            or "hf-hub:OWNER/NAME[@REVISION]", a repository of `push_to_hub` or of timm.
         model: the variant, or the name on the hub, of a file's weights; found by the tensors if
             None. A name on the hub also selects its preprocessing.
         allow_non_finite: whether to accept NaN and infinity.
@@ -89,6 +89,13 @@ def read_weights(
         UserError: there is nothing of that name, or it cannot be read, is damaged or does not fit
             the model.
     """
+    if str(name_or_path).startswith("hf-hub:"):
+        from mambaout_jax.weights.hub_repository import read_repository
+
+        params, info = read_repository(str(name_or_path), allow_non_finite=allow_non_finite)
+        if model is not None and _variant(model) != info.model:
+            raise UserError(f"the weights of {name_or_path} are {info.model}'s, not {model}'s")
+        return params, info
     path = epath.Path(name_or_path).expanduser()
     if is_bucket(path):
         path = absolute(path)
