@@ -68,10 +68,17 @@ def model_card(
         "input": f"{height} x {width} pixels, {preprocessing.interpolation}, "
         f"{preprocessing.crop_mode} crop of {preprocessing.crop_pct:g}",
     }
-    names = {"top1": "top-1", "top5": "top-5", "loss": "evaluation loss"}
+    names = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "loss": "evaluation loss",
+        "examples": "evaluation images",
+    }
     for key, value in info.metrics.items():
         percent = "%" if key.startswith("top") else ""
-        rows[names.get(key, key)] = f"{value:.4g}{percent}"
+        rows[names.get(key, key)] = (
+            f"{value:,.4g}{percent}" if percent or value < 1000 else f"{value:,.0f}"
+        )
     run = ""
     if command:
         run += f"\nThe command that trains it:\n\n```\n{command}\n```\n"

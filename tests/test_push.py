@@ -213,9 +213,10 @@ def test_timms_config_and_ours_say_the_same():
         "depths": [1, 1, 1, 1], "dims": [8, 12, 16, 24], "conv_ratio": 1.25
     }  # fmt: skip
     assert from_timm(config, "x") == info
-    for bad, message in (({"act": "silu"}, "no option for act='silu'"),):
-        with pytest.raises(UserError, match=message):
-            to_timm(WeightsInfo("mambaout_tiny", 3, preprocessing, bad))
+    with pytest.raises(UserError, match="no option for act='silu'"):
+        to_timm(dataclasses.replace(info, overrides={"act": "silu"}))
+    with pytest.raises(UserError, match="have no classes"):
+        to_timm(dataclasses.replace(info, num_classes=0))
     config["model_args"]["kernel_size"] = 3
     with pytest.raises(UserError, match="timm's option kernel_size=3"):
         from_timm(config, "x")

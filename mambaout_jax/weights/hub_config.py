@@ -29,6 +29,11 @@ def to_timm(info: WeightsInfo) -> dict[str, Any]:
     Raises:
         UserError: timm has no such network.
     """
+    if not info.num_classes:
+        raise UserError(
+            f"these weights of {info.model} have no classes, and timm's network without classes "
+            "has a part of the head: expected weights with a head"
+        )
     arguments = {}
     for field, value in info.overrides.items():
         if field in _ARGUMENTS:
