@@ -1,11 +1,32 @@
 """Packaging of mambaout_jax."""
 
 import runpy
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+
+
+class BuildWithConfigs(build_py):
+    """Copies main.py and configs/ into the wheel, for `mambaout-jax train --config=tiny`."""
+
+    def run(self) -> None:
+        """Builds the package, and adds the copy unless the install is editable."""
+        super().run()
+        if self.editable_mode:
+            return
+        shipped = Path(self.build_lib) / "mambaout_jax" / "shipped"
+        shutil.rmtree(shipped, ignore_errors=True)
+        shutil.copytree(
+            HERE / "configs", shipped / "configs", ignore=shutil.ignore_patterns("__*__")
+        )
+        (shipped / "configs" / "__init__.py").touch()
+        shutil.copy(HERE / "main.py", shipped)
+
+
 # Makes training images faster, with the same pixels; not yet available for every Python.
 fast = [
     "numba>=0.63; python_version < '3.15'",
@@ -45,6 +66,7 @@ extras = {
         "mkdocs>=1.6",
     ],
     "browser": ["gradio>=5", "selenium>=4.30"],
+    "release": ["twine>=6"],
     "dev": ["ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4.2"],
 }
 
@@ -55,9 +77,23 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords=["jax", "flax", "image classification", "MambaOut"],
     python_requires=">=3.11",
     packages=find_packages(include=["mambaout_jax", "mambaout_jax.*"]),
-    package_data={"mambaout_jax.data.digits": ["1.0.0/*"], "mambaout_jax.labels": ["*.tsv"]},
+    package_data={
+        "mambaout_jax.data.digits": ["1.0.0/*"],
+        "mambaout_jax.labels": ["*.tsv"],
+        "mambaout_jax.weights": ["digits.safetensors"],
+    },
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["mambaout-jax = mambaout_jax.__main__:main"]},
     install_requires=[
         "jax>=0.8.3",
         "flax>=0.12",

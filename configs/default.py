@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 4096  # examples a step, over all devices of all processes
     config.accumulate_steps = 1  # parts of a batch that are computed one after the other
     config.label_smoothing = 0.1
+    config.loss = "softmax"  # cross entropy; "bce": binary cross entropy, the mean over classes
 
     config.schedule = ConfigDict()
     config.schedule.learning_rate = 4e-3  # the peak
@@ -71,9 +72,10 @@ def get_config() -> ConfigDict:
     config.schedule.per = "epoch"  # how often the learning rate moves: "epoch" or "step"
 
     config.optimizer = ConfigDict()
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.eps = 1e-8
+    config.optimizer.name = "adamw"  # "lamb", "lion", "muon" or "sgd"
+    config.optimizer.b1 = 0.9  # decay of the first moment; the momentum of muon and sgd
+    config.optimizer.b2 = 0.999  # decay of the second moment, or of lion's momentum; not of sgd
+    config.optimizer.eps = 1e-8  # of adamw, lamb and muon
     config.optimizer.weight_decay = 0.05  # on tensors of more than one axis
     config.optimizer.layer_decay = 1.0  # learning-rate factor from a layer to the one below it
     config.optimizer.clip_norm = 0.0  # global norm that gradients are clipped to; 0: not clipped

@@ -18,7 +18,9 @@ from mambaout_jax.weights.torch_layout import from_torch, to_torch
 
 if TYPE_CHECKING:
     from mambaout_jax.inference.predictor import Predictor
+    from mambaout_jax.push import push_to_hub
     from mambaout_jax.weights.load import load_pretrained, read_weights
+    from mambaout_jax.weights.to_nnx import to_nnx
 
 __all__ = [
     "MambaOut",
@@ -34,7 +36,9 @@ __all__ = [
     "normalize",
     "preprocess_image",
     "preprocessing",
+    "push_to_hub",
     "read_weights",
+    "to_nnx",
     "to_torch",
 ]
 
@@ -42,7 +46,9 @@ __all__ = [
 _LAZY = {
     "Predictor": "mambaout_jax.inference.predictor",
     "load_pretrained": "mambaout_jax.weights.load",
+    "push_to_hub": "mambaout_jax.push",
     "read_weights": "mambaout_jax.weights.load",
+    "to_nnx": "mambaout_jax.weights.to_nnx",
 }
 
 

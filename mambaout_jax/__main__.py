@@ -1,4 +1,4 @@
-"""The command line: python -m mambaout_jax COMMAND."""
+"""The command line: python -m mambaout_jax COMMAND, or mambaout-jax COMMAND."""
 
 import argparse
 import importlib
@@ -8,17 +8,25 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from mambaout_jax.cli.train import EXAMPLE, SUMMARIES, run_main
 from mambaout_jax.errors import UserError
 from mambaout_jax.version import __version__
 
 # Each command is a module in mambaout_jax/cli with SUMMARY, EXAMPLE, add_arguments(parser) and
 # run(args) -> exit status. Slow imports happen in run.
-COMMANDS = ("predict", "models", "summary", "validate", "export", "flops")
+COMMANDS = ("predict", "models", "summary", "validate", "export", "flops", "push")
 PROGRAM = "python -m mambaout_jax"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status; a user's mistake is printed as one line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in SUMMARIES:
+        try:
+            return run_main(argv[0], argv[1:])
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Pillow's warning about large images; one that is too large is an error.
@@ -42,12 +50,14 @@ def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Uses MambaOut: classifies images, evaluates and exports networks.",
+        description="MambaOut: trains, evaluates and exports networks, and classifies images.",
         epilog=f"example:\n  {PROGRAM} predict photo.jpg --weights=mambaout_tiny",
         formatter_class=raw,
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in SUMMARIES.items():  # `main` passes their flags to main.py
+        subparsers.add_parser(name, help=f"{summary} Example: {name} {EXAMPLE}")
     for name in COMMANDS:
         module = importlib.import_module(f"mambaout_jax.cli.{name}")
         subparser = subparsers.add_parser(

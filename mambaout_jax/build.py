@@ -111,6 +111,7 @@ def build_optimizer(config: ConfigDict, schedule: CosineSchedule) -> optax.Gradi
     optimizer = config.optimizer
     return make_optimizer(
         schedule,
+        name=optimizer.name,
         b1=optimizer.b1,
         b2=optimizer.b2,
         eps=optimizer.eps,
@@ -128,6 +129,7 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         label_smoothing=config.label_smoothing,
+        loss=config.loss,
         random_erasing=augment.random_erasing,
         mixup=augment.mixup,
         cutmix=augment.cutmix,

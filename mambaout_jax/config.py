@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 
 from mambaout_jax.errors import UserError, did_you_mean
 from mambaout_jax.training.mixing import check_group
+from mambaout_jax.training.optimizer import OPTIMIZERS
+from mambaout_jax.training.step import LOSSES
 
 # Prefixes of the keys that a resumed run may change: where and how fast it runs, not what it
 # computes. skip_bad_batches is a key of older runs.
@@ -39,7 +41,11 @@ FREE_KEYS = (
     "skip_bad_batches",
 )
 # Keys that older runs do not have, and the value that they ran with.
-ADDED_KEYS: dict[str, Any] = {"augment.mixup_group": 0}
+ADDED_KEYS: dict[str, Any] = {
+    "augment.mixup_group": 0,
+    "loss": "softmax",
+    "optimizer.name": "adamw",
+}
 # Prefixes of the keys that may differ between the hosts of a run.
 HOST_KEYS = ("compilation_cache", "data.dir", "data.threads", "data.workers", "profile")
 
@@ -119,7 +125,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.source": ("tfds", "folder", "synthetic"),
     "data.backend": ("auto", "pillow", "fast"),
     "augment.interpolation": ("random", "bilinear", "bicubic"),
+    "loss": tuple(LOSSES),
     "schedule.per": ("epoch", "step"),
+    "optimizer.name": tuple(OPTIMIZERS),
     "eval.crop_mode": ("center", "squash"),
 }
 # Durations, and whether "" is allowed.

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints a table of variants and one of weights."""
     from mambaout_jax.cli.table import format_table
-    from mambaout_jax.models.pretrained import PRETRAINED
+    from mambaout_jax.models.pretrained import EMBEDDED, PRETRAINED
 
     variants = _variants()
     weights: list[dict[str, Any]] = [
@@ -50,11 +50,12 @@ def run(args: argparse.Namespace) -> int:
         for row in variants
     ]
     print(format_table(header, rows))
-    print("\nTop-1 in percent on ImageNet-1k, as published. Weights on the Hugging Face hub:\n")
-    published = [
+    print("\nTop-1 in percent on ImageNet-1k, as published. Weights by name:\n")
+    named = [
         (w["weights"], str(w["size"]), f"{w['classes']:,}", accuracy(w["top1"])) for w in weights
     ]
-    print(format_table(("weights", "pixels", "classes", "top-1"), published))
+    print(format_table(("weights", "pixels", "classes", "top-1"), named))
+    print(f"\n{EMBEDDED} ships with the package: it was trained on handwritten digits.")
     return 0
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from mambaout_jax.errors import UserError
 
 WEIGHTS_HELP = (
-    "a variant or a name on the hub (see: python -m mambaout_jax models), a .safetensors, .pth or "
-    ".pt file, a converted checkpoint, or a run's working directory"
+    "a variant or a name (see: python -m mambaout_jax models), hf-hub:OWNER/NAME[@REVISION], a "
+    ".safetensors, .pth or .pt file, a converted checkpoint, or a run's working directory"
 )
 
 

@@ -1,4 +1,4 @@
-"""The published weights on the Hugging Face hub, and the preprocessing of each name."""
+"""The weights that have a name, on the hub or in this package, and their preprocessing."""
 
 import dataclasses
 
@@ -8,20 +8,29 @@ from mambaout_jax.models.variants import VARIANTS, find_variant
 
 HUB_OWNER = "timm"  # of the repositories, one for each entry of PRETRAINED
 HUB_FILE = "model.safetensors"  # in each repository
+EMBEDDED = "test_mambaout.digits"  # the weights that ship with the package
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """One set of published weights.
+    """One set of weights with a name.
 
-    `top1` is the published ImageNet-1k accuracy in percent with this preprocessing; None for other
-    classes.
+    Attributes:
+        variant: of the network.
+        preprocessing: of evaluation.
+        num_classes: width of the logits.
+        top1: the published ImageNet-1k accuracy in percent with this preprocessing; None for other
+            classes.
+        class_names: a name for each logit; None if they are not stored here.
+        file: in mambaout_jax/weights, of weights that ship with the package; "": on the hub.
     """
 
     variant: str
     preprocessing: Preprocessing
     num_classes: int = 1000
     top1: float | None = None
+    class_names: tuple[str, ...] | None = None
+    file: str = ""
 
 
 def variant_preprocessing(name: str) -> Preprocessing:
@@ -53,6 +62,13 @@ PRETRAINED: dict[str, Pretrained] = {
     "mambaout_base_plus_rw.sw_e150_in12k": Pretrained(
         _PLUS, variant_preprocessing(_PLUS), num_classes=11_821
     ),
+    EMBEDDED: Pretrained(
+        "test_mambaout",
+        Preprocessing(size=32),
+        num_classes=10,
+        class_names=tuple("0123456789"),
+        file="digits.safetensors",
+    ),
 }
 # The weights of a variant's name alone. They are timm's default tags.
 DEFAULT_TAGS: dict[str, str] = {
@@ -70,12 +86,12 @@ DEFAULT_TAGS: dict[str, str] = {
 
 
 def list_pretrained() -> list[str]:
-    """Returns the names of the published weights, which `load_pretrained` takes."""
+    """Returns the names of the weights that `load_pretrained` takes."""
     return list(PRETRAINED)
 
 
 def find_pretrained(name: str) -> Pretrained:
-    """Returns the record of published weights; `name` may start with the owner, "timm/".
+    """Returns the record of weights with a name; `name` may start with the owner, "timm/".
 
     Raises:
         UserError: the name is unknown; lists the known ones.

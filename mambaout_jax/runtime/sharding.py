@@ -20,6 +20,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"/(bias|scale|layer_scale)$", "replicated"),
     (r"blocks_\d+/conv/kernel$", "replicated"),
     (r"/kernel$", "largest"),
+    (r"/ns_coeffs$", "replicated"),  # constants in the state of optax's Muon
 )
 # Parameters of fewer elements stay whole on every device: splitting them saves nothing.
 MIN_SPLIT_SIZE = 2**14

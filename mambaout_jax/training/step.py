@@ -20,6 +20,25 @@ from mambaout_jax.training.state import TrainState
 Batch = dict[str, jax.Array]
 
 
+def bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns the binary cross entropy of each example, the mean over classes.
+
+    Source: timm's `BinaryCrossEntropy` without a threshold.
+
+    Args:
+        logits: float32 [N, classes].
+        targets: [N, classes], from 0 to 1.
+    """
+    return optax.sigmoid_binary_cross_entropy(logits, targets).mean(axis=-1)
+
+
+# Functions of logits and targets [N, classes] to losses [N].
+LOSSES: dict[str, Callable[[Any, Any], jax.Array]] = {
+    "softmax": optax.softmax_cross_entropy,
+    "bce": bce,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a step does besides the model and the optimizer; the names are the configuration's."""
@@ -28,6 +47,7 @@ class Recipe:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     label_smoothing: float = 0.0
+    loss: str = "softmax"  # one of LOSSES
     random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -110,7 +130,7 @@ def update_step(
 
     def loss_fn(params: Any, part: Batch, key: jax.Array) -> jax.Array:
         logits = model.apply({"params": params}, part["image"], True, rngs={"dropout": key})
-        return optax.softmax_cross_entropy(logits, part["target"]).mean()
+        return LOSSES[recipe.loss](logits, part["target"]).mean()
 
     loss, grads = mean_gradient(loss_fn, state.params, inputs, key, recipe.accumulate_steps)
     grad_norm = optax.tree.norm(grads)

@@ -77,9 +77,10 @@ def read_weights(
     """Reads weights and their description.
 
     Args:
-        name_or_path: a name on the hub (see `mambaout_jax.list_pretrained`); a variant, for its
-            default weights; a .safetensors, .pth or .pt file in either layout; a converted
-            checkpoint; a run's working directory, for its best step; or one step of a run.
+        name_or_path: a name on the hub or in this package (see `mambaout_jax.list_pretrained`); a
+            variant, for its default weights; a .safetensors, .pth or .pt file in either layout; a
+            converted checkpoint; a run's working directory, for its best step; one step of a run;
+            or "hf-hub:OWNER/NAME[@REVISION]", a repository of `push_to_hub` or of timm.
         model: the variant, or the name on the hub, of a file's weights; found by the tensors if
             None. A name on the hub also selects its preprocessing.
         allow_non_finite: whether to accept NaN and infinity.
@@ -88,6 +89,13 @@ def read_weights(
         UserError: there is nothing of that name, or it cannot be read, is damaged or does not fit
             the model.
     """
+    if str(name_or_path).startswith("hf-hub:"):
+        from mambaout_jax.weights.hub_repository import read_repository
+
+        params, info = read_repository(str(name_or_path), allow_non_finite=allow_non_finite)
+        if model is not None and _variant(model) != info.model:
+            raise UserError(f"the weights of {name_or_path} are {info.model}'s, not {model}'s")
+        return params, info
     path = epath.Path(name_or_path).expanduser()
     if is_bucket(path):
         path = absolute(path)
@@ -105,7 +113,7 @@ def read_weights(
 
 
 def locate(name_or_path: epath.PathLike) -> tuple[Path, str | None]:
-    """Returns the local file of weights, downloaded if necessary, and its name on the hub.
+    """Returns the local file of weights, downloaded if necessary, and their name if they have one.
 
     Raises:
         UserError: there is no such file, and no such name on the hub.
@@ -129,7 +137,8 @@ def locate(name_or_path: epath.PathLike) -> tuple[Path, str | None]:
             f"a directory, a file that ends in {', '.join(SUFFIXES)}, or a name on the hub such as "
             f"{next(iter(PRETRAINED))})"
         )
-    find_pretrained(name)
+    if file := find_pretrained(name).file:
+        return Path(__file__).parent / file, name
     from mambaout_jax.weights import hub
 
     return hub.fetch(name), name
@@ -181,6 +190,7 @@ def convert(
         model=variant,
         num_classes=num_classes,
         preprocessing=preprocessing(model or variant),
+        class_names=find_pretrained(model).class_names if model and "." in model else None,
         source=source,
     )
 
