@@ -39,6 +39,8 @@ def build_model(config: ConfigDict) -> MambaOut:
         gradient_dtype=jnp.dtype(config.model.gradient_dtype),
         remat=config.model.remat,
         depthwise=config.model.depthwise,
+        token_mixer=config.model.token_mixer,
+        kernel_size=config.model.kernel_size,
     )
 
 

@@ -39,7 +39,11 @@ FREE_KEYS = (
     "skip_bad_batches",
 )
 # Keys that older runs do not have, and the value that they ran with.
-ADDED_KEYS: dict[str, Any] = {"augment.mixup_group": 0}
+ADDED_KEYS: dict[str, Any] = {
+    "augment.mixup_group": 0,
+    "model.token_mixer": "conv",
+    "model.kernel_size": 7,
+}
 # Prefixes of the keys that may differ between the hosts of a run.
 HOST_KEYS = ("compilation_cache", "data.dir", "data.threads", "data.workers", "profile")
 
@@ -75,6 +79,7 @@ RANGES: dict[str, Range] = {
     "seed": Range(0, 2**32 - 1),
     "model.drop_path_rate": BELOW_ONE,
     "model.head_dropout_rate": BELOW_ONE,
+    "model.kernel_size": Range(3, 13),
     "data.num_classes": COUNT,
     "data.image_size": Range(32),
     "data.workers": Range(-1),

@@ -4,13 +4,21 @@ from typing import Any
 
 import jax
 import optax
+from jax.tree_util import keystr
 
 from mambaout_jax.weights.finetune import layer_scales
 
 
 def decay_mask(params: Any) -> Any:
-    """Marks the parameters with weight decay: those of more than one axis, so no bias or scale."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    """Marks the parameters with weight decay: those of more than one axis, so no bias or scale.
+
+    The decay rates of an SSM, `a_log`, have none either, as in Mamba.
+    """
+
+    def decays(path: Any, leaf: Any) -> bool:
+        return leaf.ndim > 1 and keystr(path[-1:], simple=True) != "a_log"
+
+    return jax.tree.map_with_path(decays, params)
 
 
 def make_optimizer(

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
+from mambaout_jax.models.mixers import stage_mixers
 from mambaout_jax.weights.identify import Layout, Shapes, candidates, find_classes, find_layout
 from mambaout_jax.weights.shapes import mismatches, param_shapes
 
@@ -75,9 +76,22 @@ def torch_name(path: tuple[str, ...], layout: Layout) -> str:
 
 
 def torch_tensors(model: MambaOut, layout: Layout) -> Iterator[Tensor]:
-    """Yields every parameter of `model` with its name in `layout`."""
+    """Yields every parameter of `model` with its name in `layout`.
+
+    Raises:
+        UserError: the layout has no such parameters.
+    """
+    _check_mixer(model)
     for path, shape in param_shapes(model).items():
         yield Tensor(path, torch_name(path, layout), _torch_shape(shape))
+
+
+def _check_mixer(model: MambaOut) -> None:
+    if set(stage_mixers(model.token_mixer, len(model.depths))) != {"conv"}:
+        raise UserError(
+            f"PyTorch's MambaOut has no token_mixer {model.token_mixer!r}: weights of 'conv' alone "
+            "can be converted; use a checkpoint of mambaout_jax"
+        )
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -166,6 +180,7 @@ def to_torch(
         model, title = create_model(name, num_classes=classes), name
     else:
         model, title = name, "the model"
+    _check_mixer(model)
     if errors := mismatches({path: leaf.shape for path, leaf in flat.items()}, param_shapes(model)):
         raise UserError(f"the parameters do not fit {title}: {'; '.join(errors)}")
     return {
