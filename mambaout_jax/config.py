@@ -43,6 +43,7 @@ ADDED_KEYS: dict[str, Any] = {
     "augment.mixup_group": 0,
     "model.token_mixer": "conv",
     "model.kernel_size": 7,
+    "model.attention": "full",
 }
 # Prefixes of the keys that may differ between the hosts of a run.
 HOST_KEYS = ("compilation_cache", "data.dir", "data.threads", "data.workers", "profile")
@@ -119,6 +120,7 @@ INTERVALS: dict[str, Range] = {
     "augment.crop_ratio": POSITIVE,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
+    "model.attention": ("full", "causal"),
     "model.dtype": ("float32", "bfloat16"),
     "model.gradient_dtype": ("float32", "bfloat16"),
     "data.source": ("tfds", "folder", "synthetic"),

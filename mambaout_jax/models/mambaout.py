@@ -36,6 +36,7 @@ from mambaout_jax.models.mixers import (
 )
 from mambaout_jax.models.ssm import SSM
 from mambaout_jax.models.variants import find_variant
+from mambaout_jax.models.vit import VITS, create_vit
 from mambaout_jax.ops import activate, gate_product, weighted
 
 
@@ -275,11 +276,11 @@ def create_model(
     head_dropout_rate: float = 0.0,
     dtype: Any = jnp.float32,
     **overrides: Any,
-) -> MambaOut:
+) -> Any:
     """Returns the network of a variant, or of a variant changed by `overrides`.
 
     Args:
-        name: a variant, see `list_models`.
+        name: a variant, see `list_models`, or a ViT of `models.vit.VITS`.
         num_classes: number of logits; None is 1000, 0 leaves the head out.
         drop_path_rate: probability of dropping the branch of the last block; the rates of the
             others rise linearly from 0.
@@ -291,6 +292,10 @@ def create_model(
     Raises:
         UserError: when the name, an override, a token mixer or the kernel size is unknown.
     """
+    if name in VITS:
+        options = {"num_classes": 1000 if num_classes is None else num_classes, "dtype": dtype}
+        rates = {"drop_path_rate": drop_path_rate, "head_dropout_rate": head_dropout_rate}
+        return create_vit(name, **options, **rates, **overrides)
     variant = find_variant(name)
     known = sorted({field.name for field in dataclasses.fields(MambaOut)} - {"parent", "name"})
     for key in overrides:
@@ -299,7 +304,7 @@ def create_model(
                 f"unknown option {key!r} of {name}{did_you_mean(key, known)} "
                 f"(known: {', '.join(known)})"
             )
-    options: dict[str, Any] = {
+    options = {
         "depths": variant.depths,
         "widths": variant.widths,
         "num_classes": 1000 if num_classes is None else num_classes,

@@ -22,6 +22,13 @@ TOKEN_MIXERS = tuple(_SCANS)
 TOKEN_MIXER = "conv"  # the paper's
 KERNEL_SIZE = 7  # the paper's
 KERNEL_SIZES = range(3, 14, 2)
+# Options that are stored beside weights, those of a ViT too.
+DEFAULTS: dict[str, Any] = {
+    "token_mixer": TOKEN_MIXER,
+    "kernel_size": KERNEL_SIZE,
+    "attention": "full",
+    "image_size": 224,
+}
 
 
 def scans(token_mixer: str) -> dict[str, bool]:
@@ -71,6 +78,5 @@ def mixer_options(model: Any) -> dict[str, Any]:
 
     They are stored beside the weights.
     """
-    defaults = {"token_mixer": TOKEN_MIXER, "kernel_size": KERNEL_SIZE}
-    options = {key: getattr(model, key) for key in defaults}
-    return {key: value for key, value in options.items() if value != defaults[key]}
+    options = {key: getattr(model, key, value) for key, value in DEFAULTS.items()}
+    return {key: value for key, value in options.items() if value != DEFAULTS[key]}

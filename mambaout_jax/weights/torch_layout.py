@@ -35,12 +35,24 @@ TABLE: tuple[tuple[str, str | None, str], ...] = (
     ("head/fc1", "head.fc1", "head.pre_logits.fc"),
     ("head/norm2", "head.norm", "head.pre_logits.norm"),
     ("head/fc2", "head.fc2", "head.fc"),
+    # ViT
+    ("patch_embed", None, "patch_embed.proj"),
+    ("cls_token", None, "cls_token"),
+    ("pos_embed", None, "pos_embed"),
+    ("blocks_{b}/norm1", None, "blocks.{b}.norm1"),
+    ("blocks_{b}/attn/qkv", None, "blocks.{b}.attn.qkv"),
+    ("blocks_{b}/attn/proj", None, "blocks.{b}.attn.proj"),
+    ("blocks_{b}/norm2", None, "blocks.{b}.norm2"),
+    ("blocks_{b}/fc1", None, "blocks.{b}.mlp.fc1"),
+    ("blocks_{b}/fc2", None, "blocks.{b}.mlp.fc2"),
+    ("norm", None, "norm"),
+    ("head", None, "head"),
 )
 # Our names of a module's parameters to torch's.
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Axes of a torch kernel in our order, and back: OIHW and HWIO; (out, in) and (in, out).
-TO_OURS = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
-TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
+TO_OURS = {4: (2, 3, 1, 0), 3: (0, 1, 2), 2: (1, 0), 1: (0,)}
+TO_TORCH = {4: (3, 2, 0, 1), 3: (0, 1, 2), 2: (1, 0), 1: (0,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +99,8 @@ def torch_tensors(model: MambaOut, layout: Layout) -> Iterator[Tensor]:
 
 
 def _check_mixer(model: MambaOut) -> None:
+    if not isinstance(model, MambaOut):  # a ViT
+        return
     if set(stage_mixers(model.token_mixer, len(model.depths))) != {"conv"}:
         raise UserError(
             f"PyTorch's MambaOut has no token_mixer {model.token_mixer!r}: weights of 'conv' alone "
