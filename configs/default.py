@@ -15,6 +15,9 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "mambaout_tiny"  # see mambaout_jax.list_models()
+    config.model.token_mixer = "conv"  # see mambaout_jax/models/mixers.py; or "conv,conv,none,none"
+    config.model.kernel_size = 7  # of the depthwise convolutions: 3, 5, 7, 9, 11 or 13
+    config.model.attention = "full"  # of a ViT: "full" or "causal"
     config.model.drop_path_rate = 0.2  # probability at the last block; rises linearly from 0
     config.model.head_dropout_rate = 0.0  # probability
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32

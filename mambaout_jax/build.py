@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from mambaout_jax.config import duration_steps
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
+from mambaout_jax.models.mixers import DEFAULTS
+from mambaout_jax.models.vit import VITS
 from mambaout_jax.runtime.processes import all_or_none, check_alike
 from mambaout_jax.runtime.sharding import check_batch, make_mesh
 from mambaout_jax.training.optimizer import make_optimizer
@@ -28,17 +31,35 @@ def build_model(config: ConfigDict) -> MambaOut:
     """Returns the network.
 
     Raises:
-        UserError: when it is unknown.
+        UserError: when it is unknown, or an option is of another kind of network.
     """
+    model = config.model
+    options: dict[str, Any] = {"token_mixer": model.token_mixer, "kernel_size": model.kernel_size}
+    if model.name in VITS:
+        if any(options[key] != DEFAULTS[key] for key in options):
+            raise UserError(
+                f"{model.name} has no token mixer and no kernel: config.model.token_mixer and "
+                "config.model.kernel_size are MambaOut's, leave them out"
+            )
+        if config.optimizer.layer_decay != 1:
+            raise UserError(f"config.optimizer.layer_decay is MambaOut's: {model.name} needs 1")
+        options = {"attention": model.attention, "image_size": config.data.image_size}
+    elif model.attention != DEFAULTS["attention"]:
+        raise UserError(
+            f"config.model.attention is {model.attention!r}, and {model.name} has no attention: "
+            f"expected one of {', '.join(VITS)}, or leave it out"
+        )
+    else:
+        options["depthwise"] = model.depthwise
     return create_model(
-        config.model.name,
+        model.name,
         num_classes=config.data.num_classes,
         drop_path_rate=config.model.drop_path_rate,
         head_dropout_rate=config.model.head_dropout_rate,
         dtype=jnp.dtype(config.model.dtype),
         gradient_dtype=jnp.dtype(config.model.gradient_dtype),
         remat=config.model.remat,
-        depthwise=config.model.depthwise,
+        **options,
     )
 
 

@@ -45,6 +45,9 @@ ADDED_KEYS: dict[str, Any] = {
     "augment.mixup_group": 0,
     "loss": "softmax",
     "optimizer.name": "adamw",
+    "model.token_mixer": "conv",
+    "model.kernel_size": 7,
+    "model.attention": "full",
 }
 # Prefixes of the keys that may differ between the hosts of a run.
 HOST_KEYS = ("compilation_cache", "data.dir", "data.threads", "data.workers", "profile")
@@ -81,6 +84,7 @@ RANGES: dict[str, Range] = {
     "seed": Range(0, 2**32 - 1),
     "model.drop_path_rate": BELOW_ONE,
     "model.head_dropout_rate": BELOW_ONE,
+    "model.kernel_size": Range(3, 13),
     "data.num_classes": COUNT,
     "data.image_size": Range(32),
     "data.workers": Range(-1),
@@ -120,6 +124,7 @@ INTERVALS: dict[str, Range] = {
     "augment.crop_ratio": POSITIVE,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
+    "model.attention": ("full", "causal"),
     "model.dtype": ("float32", "bfloat16"),
     "model.gradient_dtype": ("float32", "bfloat16"),
     "data.source": ("tfds", "folder", "synthetic"),

@@ -17,6 +17,7 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.files import write_json
 from mambaout_jax.inference.evaluate import describe
 from mambaout_jax.inference.evaluate_weights import evaluate_weights
+from mambaout_jax.models.mixers import DEFAULTS
 from mambaout_jax.runtime.processes import all_or_none, check_alike
 from mambaout_jax.runtime.sharding import check_batch, make_mesh
 from mambaout_jax.runtime.workdir import RECORD, read_record
@@ -53,8 +54,12 @@ def evaluate_workdir(
     with all_or_none():
         check_batch(config.eval.batch_size, 1, make_mesh(), "eval.batch_size")
         params, info = read_weights(weights)
+        mixers = DEFAULTS | info.overrides
         for key, ours, theirs in (
             ("model.name", config.model.name, info.model),
+            ("model.token_mixer", config.model.token_mixer, mixers["token_mixer"]),
+            ("model.kernel_size", config.model.kernel_size, mixers["kernel_size"]),
+            ("model.attention", config.model.attention, mixers["attention"]),
             ("data.num_classes", config.data.num_classes, info.num_classes),
         ):
             if ours != theirs:

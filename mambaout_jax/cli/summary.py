@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, help="of a square image in pixels (default: the variant's)"
     )
+    parser.add_argument(
+        "--token-mixer", metavar="NAME", help="such as conv_ssm, or conv,conv,conv_ssm,conv_ssm"
+    )
     parser.add_argument("--classes", type=int, help="width of the logits (default: 1000)")
     parser.add_argument(
         "--depth",
@@ -31,11 +34,14 @@ def run(args: argparse.Namespace) -> int:
     from mambaout_jax.models.flops import count_layers
     from mambaout_jax.models.mambaout import create_model
     from mambaout_jax.models.variants import find_variant
+    from mambaout_jax.models.vit import VITS
 
     name = args.model or args.name
     if not name or (args.name and args.name != name):
         raise UserError("expected one variant, such as: python -m mambaout_jax summary " + EXAMPLE)
-    size = find_variant(name).image_size if args.size is None else args.size
+    vit = name in VITS
+    default_size = 224 if vit else find_variant(name).image_size
+    size = default_size if args.size is None else args.size
     for option, number, least in (
         ("--size", size, 1),
         ("--depth", args.depth, 0),
@@ -43,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     ):
         if number < least:
             raise UserError(f"{option} is {number}: expected at least {least}")
-    model = create_model(name, num_classes=args.classes, depthwise="xla")
+    options = {"image_size": size} if vit else {"depthwise": "xla"}
+    options |= {} if args.token_mixer is None else {"token_mixer": args.token_mixer}
+    model = create_model(name, num_classes=args.classes, **options)
     layers = count_layers(model, (size, size, 3))
     rows = [
         (

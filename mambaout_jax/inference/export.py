@@ -87,7 +87,9 @@ def export_program(
     leaves, structure = jax.tree.flatten(params)
 
     def with_depthwise(implementation: str) -> Callable[[list[jax.Array], jax.Array], jax.Array]:
-        network = model.clone(depthwise=implementation)
+        # A ViT has no depthwise convolution.
+        has = hasattr(model, "depthwise")
+        network = model.clone(depthwise=implementation) if has else model
 
         def logits(weights: list[jax.Array], images: jax.Array) -> jax.Array:
             tree = jax.tree.unflatten(structure, weights)

@@ -1,8 +1,11 @@
 """Counts of parameters and multiply-accumulates (MACs), layer by layer.
 
 A convolution or dense layer counts one MAC for each multiplication by its kernel, without the bias.
-A norm counts five for each element. Activations, products, additions and means count none. fvcore's
-flop counter does the same, and the counts round to the published ones.
+A norm counts five for each element. A selective scan counts its multiplications: 4 S + 2 for each
+token and channel of S states (the exponent, the decay, the input, the output; the input's step size
+and the direct path). Attention counts its two products, 2 L² D. Activations, products, sums and
+means count none. fvcore's flop counter does the same for the convolutional network, and the counts
+round to the published ones.
 """
 
 import dataclasses
@@ -14,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from mambaout_jax.models.layers import LayerNorm
+from mambaout_jax.models.ssm import SSM, STATE
+from mambaout_jax.models.vit import Attention
 
 _NORM_MACS = 5  # for each element; fvcore calls it a rough estimate
 
@@ -96,6 +101,10 @@ def _own_macs(module: nn.Module, shape: tuple[int, ...]) -> int:
     kernel = _kernel(module)
     if kernel is not None:
         return math.prod(shape[:-1]) * math.prod(kernel.shape)
+    if isinstance(module, SSM):
+        return (4 * STATE + 2) * math.prod(shape)
+    if isinstance(module, Attention):
+        return 2 * shape[0] * math.prod(shape)
     return _NORM_MACS * math.prod(shape) if isinstance(module, LayerNorm) else 0
 
 

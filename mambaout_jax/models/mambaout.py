@@ -27,7 +27,16 @@ from mambaout_jax.models.layers import (
     MergeDense,
     SplitDense,
 )
+from mambaout_jax.models.mixers import (
+    KERNEL_SIZE,
+    TOKEN_MIXER,
+    check_kernel_size,
+    scans,
+    stage_mixers,
+)
+from mambaout_jax.models.ssm import SSM
 from mambaout_jax.models.variants import find_variant
+from mambaout_jax.models.vit import VITS, create_vit
 from mambaout_jax.ops import activate, gate_product, weighted
 
 
@@ -73,6 +82,7 @@ class Downsample(nn.Module):
 class GatedCNNBlock(nn.Module):
     """Gated CNN block (the paper's Algorithm 1): Mamba's block without the state space model.
 
+    With an SSM after the convolution it is Mamba's block; `models.mixers` has the token mixers.
     `layer_scale` is the initial value of the factor on each channel of the branch; None for none.
     """
 
@@ -82,6 +92,8 @@ class GatedCNNBlock(nn.Module):
     layer_scale: float | None = None
     drop_path_rate: float = 0.0
     depthwise: str = "auto"
+    token_mixer: str = TOKEN_MIXER
+    kernel_size: int = KERNEL_SIZE
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -92,7 +104,7 @@ class GatedCNNBlock(nn.Module):
         hidden, conv = int(self.expansion_ratio * width), int(self.conv_ratio * width)
         shortcut, x = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
         g, i, c = SplitDense(hidden, conv, **_types(self), name="fc1")(x)
-        c = DepthwiseConv(implementation=self.depthwise, **_types(self), name="conv")(c)
+        c = self._mix(c, rank=-(-width // 16))
         x = gate_product(self.act, g, i, c)  # act(g) * concatenate(i, c)
         x = MergeDense(width, hidden, conv, **_types(self), name="fc2")(x)
         if self.layer_scale is not None:
@@ -102,6 +114,19 @@ class GatedCNNBlock(nn.Module):
         # Drop path is dropout of whole examples.
         x = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2, 3))(x, deterministic=not train)
         return shortcut + x
+
+    def _mix(self, x: jax.Array, rank: int) -> jax.Array:
+        if self.token_mixer == "none":
+            return x
+        conv = DepthwiseConv(self.kernel_size, self.depthwise, **_types(self), name="conv")
+        x, directions = conv(x), scans(self.token_mixer)
+        if not directions:
+            return x
+        x = activate(self.act, x)
+        outputs = [
+            SSM(rank, reverse, **_types(self), name=name)(x) for name, reverse in directions.items()
+        ]
+        return sum(outputs[1:], outputs[0]) / len(outputs)
 
 
 def _scale(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -156,11 +181,13 @@ class MambaOut(nn.Module):
 
     Without classes (`num_classes=0`) there is no head, and the output is the map of the last stage.
     `depthwise` names the implementation of the depthwise convolutions, see
-    `mambaout_jax.ops.depthwise_conv2d`. `remat` computes each block again in the backward pass, to
-    save memory.
+    `mambaout_jax.ops.depthwise_conv2d`. `token_mixer` is one mixer, or one a stage with commas, see
+    `models.mixers`; `kernel_size` is that of their convolutions. `remat` computes each block again
+    in the backward pass, to save memory.
 
     Raises:
-        UserError: when the images are not [N, H, W, 3] with H and W of at least 32 pixels.
+        UserError: when the images are not [N, H, W, 3] with H and W of at least 32 pixels, or the
+            token mixer or the kernel size is unknown.
     """
 
     depths: tuple[int, ...]
@@ -174,6 +201,8 @@ class MambaOut(nn.Module):
     head_dropout_rate: float = 0.0
     remat: bool = False
     depthwise: str = "auto"
+    token_mixer: str = TOKEN_MIXER
+    kernel_size: int = KERNEL_SIZE
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -182,6 +211,8 @@ class MambaOut(nn.Module):
         self.stem = Stem(self.widths[0], self.act, first_norm=not self.rw, **_types(self))
         block_class = nn.remat(GatedCNNBlock, static_argnums=(2,)) if self.remat else GatedCNNBlock
         last_block = max(sum(self.depths) - 1, 1)
+        mixers = stage_mixers(self.token_mixer, len(self.depths))
+        check_kernel_size(self.kernel_size)
         stages = []
         for index, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
             first_block = sum(self.depths[:index])
@@ -193,6 +224,8 @@ class MambaOut(nn.Module):
                     layer_scale=1e-5 if self.rw else None,
                     drop_path_rate=self.drop_path_rate * (first_block + j) / last_block,
                     depthwise=self.depthwise,
+                    token_mixer=mixers[index],
+                    kernel_size=self.kernel_size,
                     **_types(self),
                 )
                 for j in range(depth)
@@ -243,21 +276,26 @@ def create_model(
     head_dropout_rate: float = 0.0,
     dtype: Any = jnp.float32,
     **overrides: Any,
-) -> MambaOut:
+) -> Any:
     """Returns the network of a variant, or of a variant changed by `overrides`.
 
     Args:
-        name: a variant, see `list_models`.
+        name: a variant, see `list_models`, or a ViT of `models.vit.VITS`.
         num_classes: number of logits; None is 1000, 0 leaves the head out.
         drop_path_rate: probability of dropping the branch of the last block; the rates of the
             others rise linearly from 0.
         head_dropout_rate: dropout probability in the head.
         dtype: type of the computation; parameters and logits stay float32.
-        **overrides: other fields of `MambaOut`, such as `remat=True` or `depths=(1, 1, 2, 1)`.
+        **overrides: other fields of `MambaOut`, such as `remat=True`, `token_mixer="conv_ssm"` or
+            `depths=(1, 1, 2, 1)`.
 
     Raises:
-        UserError: when the name or an override is unknown.
+        UserError: when the name, an override, a token mixer or the kernel size is unknown.
     """
+    if name in VITS:
+        options = {"num_classes": 1000 if num_classes is None else num_classes, "dtype": dtype}
+        rates = {"drop_path_rate": drop_path_rate, "head_dropout_rate": head_dropout_rate}
+        return create_vit(name, **options, **rates, **overrides)
     variant = find_variant(name)
     known = sorted({field.name for field in dataclasses.fields(MambaOut)} - {"parent", "name"})
     for key in overrides:
@@ -266,7 +304,7 @@ def create_model(
                 f"unknown option {key!r} of {name}{did_you_mean(key, known)} "
                 f"(known: {', '.join(known)})"
             )
-    options: dict[str, Any] = {
+    options = {
         "depths": variant.depths,
         "widths": variant.widths,
         "num_classes": 1000 if num_classes is None else num_classes,
@@ -278,4 +316,7 @@ def create_model(
         "head_dropout_rate": head_dropout_rate,
         "dtype": dtype,
     }
-    return MambaOut(**{**options, **overrides})
+    model = MambaOut(**{**options, **overrides})
+    stage_mixers(model.token_mixer, len(model.depths))
+    check_kernel_size(model.kernel_size)
+    return model

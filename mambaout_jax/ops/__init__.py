@@ -4,6 +4,7 @@ from mambaout_jax.ops.activations import activate, gate_product
 from mambaout_jax.ops.dense import dense, merge_dense, split_dense
 from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
 from mambaout_jax.ops.norm import layer_norm
+from mambaout_jax.ops.selective_scan import selective_scan
 from mambaout_jax.ops.weighted import weighted
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "gate_product",
     "layer_norm",
     "merge_dense",
+    "selective_scan",
     "split_dense",
     "weighted",
 ]

@@ -11,10 +11,20 @@ from jax.tree_util import keystr
 
 from mambaout_jax.weights.finetune import layer_scales
 
+_NO_DECAY = ("a_log", "cls_token", "pos_embed")
+
 
 def decay_mask(params: Any) -> Any:
-    """Marks the parameters with weight decay: those of more than one axis, so no bias or scale."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    """Marks the parameters with weight decay: those of more than one axis, so no bias or scale.
+
+    The decay rates of an SSM, `a_log`, have none either, as in Mamba, nor have a ViT's embeddings,
+    as in timm.
+    """
+
+    def decays(path: Any, leaf: Any) -> bool:
+        return leaf.ndim > 1 and keystr(path[-1:], simple=True) not in _NO_DECAY
+
+    return jax.tree.map_with_path(decays, params)
 
 
 # The root mean square of Muon's updates, divided by the learning rate. It is about that of AdamW's,

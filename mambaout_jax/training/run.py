@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from mambaout_jax.data.loader import EvalBatches, TrainBatches
 from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.models.mambaout import MambaOut
+from mambaout_jax.models.mixers import mixer_options
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.recorder import Row
 from mambaout_jax.training.schedule import CosineSchedule
@@ -91,6 +92,7 @@ class Run:
             model=self.model_name,
             num_classes=self.recipe.num_classes,
             preprocessing=self.preprocessing,
+            overrides=mixer_options(self.model),
             class_names=tuple(self.batches.class_names),
             source="mambaout_jax",
             averaged=self.recipe.ema_decay > 0,

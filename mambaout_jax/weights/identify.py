@@ -25,7 +25,7 @@ def find_layout(names: Mapping[str, object]) -> Layout:
     """
     if any(name.startswith("downsample_layers.") for name in names):
         return "original"
-    if any(name.startswith("stem.") for name in names):
+    if any(name.startswith(("stem.", "patch_embed.")) for name in names):
         return "timm"
     found = ", ".join(str(name)[:60] for name in list(names)[:3])
     raise UserError(

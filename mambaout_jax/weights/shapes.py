@@ -15,7 +15,8 @@ from mambaout_jax.models.mambaout import MambaOut
 @functools.lru_cache(maxsize=16)  # tracing is the slowest part of converting a small model
 def param_shapes(model: MambaOut) -> Mapping[tuple[str, ...], tuple[int, ...]]:
     """Returns the paths and shapes of all parameters of `model`, without computing them."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    size = getattr(model, "image_size", 32)  # a ViT has one size alone
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x)["params"], images)
     return types.MappingProxyType(tree_shapes(params))
 

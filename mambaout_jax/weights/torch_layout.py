@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
+from mambaout_jax.models.mixers import stage_mixers
 from mambaout_jax.weights.identify import Layout, Shapes, candidates, find_classes, find_layout
 from mambaout_jax.weights.shapes import mismatches, param_shapes
 
@@ -34,12 +35,24 @@ TABLE: tuple[tuple[str, str | None, str], ...] = (
     ("head/fc1", "head.fc1", "head.pre_logits.fc"),
     ("head/norm2", "head.norm", "head.pre_logits.norm"),
     ("head/fc2", "head.fc2", "head.fc"),
+    # ViT
+    ("patch_embed", None, "patch_embed.proj"),
+    ("cls_token", None, "cls_token"),
+    ("pos_embed", None, "pos_embed"),
+    ("blocks_{b}/norm1", None, "blocks.{b}.norm1"),
+    ("blocks_{b}/attn/qkv", None, "blocks.{b}.attn.qkv"),
+    ("blocks_{b}/attn/proj", None, "blocks.{b}.attn.proj"),
+    ("blocks_{b}/norm2", None, "blocks.{b}.norm2"),
+    ("blocks_{b}/fc1", None, "blocks.{b}.mlp.fc1"),
+    ("blocks_{b}/fc2", None, "blocks.{b}.mlp.fc2"),
+    ("norm", None, "norm"),
+    ("head", None, "head"),
 )
 # Our names of a module's parameters to torch's.
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # Axes of a torch kernel in our order, and back: OIHW and HWIO; (out, in) and (in, out).
-TO_OURS = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
-TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
+TO_OURS = {4: (2, 3, 1, 0), 3: (0, 1, 2), 2: (1, 0), 1: (0,)}
+TO_TORCH = {4: (3, 2, 0, 1), 3: (0, 1, 2), 2: (1, 0), 1: (0,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +88,24 @@ def torch_name(path: tuple[str, ...], layout: Layout) -> str:
 
 
 def torch_tensors(model: MambaOut, layout: Layout) -> Iterator[Tensor]:
-    """Yields every parameter of `model` with its name in `layout`."""
+    """Yields every parameter of `model` with its name in `layout`.
+
+    Raises:
+        UserError: the layout has no such parameters.
+    """
+    _check_mixer(model)
     for path, shape in param_shapes(model).items():
         yield Tensor(path, torch_name(path, layout), _torch_shape(shape))
+
+
+def _check_mixer(model: MambaOut) -> None:
+    if not isinstance(model, MambaOut):  # a ViT
+        return
+    if set(stage_mixers(model.token_mixer, len(model.depths))) != {"conv"}:
+        raise UserError(
+            f"PyTorch's MambaOut has no token_mixer {model.token_mixer!r}: weights of 'conv' alone "
+            "can be converted; use a checkpoint of mambaout_jax"
+        )
 
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -166,6 +194,7 @@ def to_torch(
         model, title = create_model(name, num_classes=classes), name
     else:
         model, title = name, "the model"
+    _check_mixer(model)
     if errors := mismatches({path: leaf.shape for path, leaf in flat.items()}, param_shapes(model)):
         raise UserError(f"the parameters do not fit {title}: {'; '.join(errors)}")
     return {
