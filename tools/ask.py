@@ -1,18 +1,19 @@
-"""Asks the paper's question on your images: do an SSM or attention help?
+"""Does an SSM help on these images? Trains each network under one recipe, and compares them.
 
-    python tools/ask.py --config=configs/quickstart.py --workdir=runs/ask \
-        --mixers=conv,conv_ssm,none --attention=full,causal --seeds=3 --resolutions=32,64
+    python tools/ask.py --mixers=conv,conv_ssm,none --seeds=3 --budget="30 epochs" --output=runs/ask
 
-Trains each combination of network, resolution and seed through main.py with one config, and writes
-table.md, accuracy_over_macs.png, full_against_causal.png and accuracy_over_tokens.png. The same
-command resumes: runs that have ended are not repeated. Every argument after `--` is passed to
-main.py, such as `-- --config.schedule.duration="5 epochs"`. docs/question.md says how to read it.
+Every combination of network, image size and seed is one run of main.py with the same config, except
+for the keys that the combination sets. The same command again continues where it was stopped, and
+trains nothing twice. In --output stand each run's workdir, log and result, table.md, and the images
+accuracy_over_macs.png, accuracy_over_tokens.png and full_against_causal.png. Further keys of the
+config, for all runs: --config.model.name=mambaout_femto and so on.
+
+Exit codes: 0 all runs are finished; 1 a run cannot be trained; 75 a run was stopped and saved.
 """
 
 import argparse
-import dataclasses
-import itertools
-import math
+import csv
+import json
 import re
 import statistics
 import subprocess
@@ -22,222 +23,200 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mambaout_jax.config import load_config
+import ask_report
+
+from mambaout_jax import config as configuration
+from mambaout_jax.config import duration_steps
 from mambaout_jax.errors import UserError
-from mambaout_jax.models.flops import count_total, long_sequence
-from mambaout_jax.models.mambaout import create_model
-from mambaout_jax.models.mixers import TOKEN_MIXERS
-from mambaout_jax.models.vit import ATTENTIONS, PATCH, VITS
-from mambaout_jax.training.recorder import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
-RATE = r"([\d,]+) images/s"  # in the log of main.py
-HEADER = ("network", "pixels", "runs", "top-1 ± standard error", "parameters", "MACs", "images/s",
-          "L", "6 D", "L > 6 D")  # fmt: skip
+RESUME = 75  # main.py's exit code for a run that is saved
+
+# Keys that the combinations set, and the options for them.
+OWN_KEYS = {
+    "data.image_size": "--resolutions",
+    "model.attention": "--attention",
+    "model.token_mixer": "--mixers",
+    "schedule.duration": "--budget",
+    "seed": "--seeds",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A network of the comparison at a resolution: its options in a config."""
-
-    label: str
-    keys: tuple[tuple[str, str], ...]
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """The results of a network: accuracies in percent, a run each; `tokens` and `width` are L, D.
-
-    For MambaOut, L and D are those of its third stage, of stride 16, which most of its blocks are
-    in.
-    """
-
-    network: Network
-    top1: list[float]
-    rates: list[float]
-    params: int
-    macs: int
-    tokens: int
-    width: int
-
-    @property
-    def mean(self) -> float:
-        """Returns the mean accuracy."""
-        return statistics.mean(self.top1)
-
-    @property
-    def error(self) -> float:
-        """Returns the standard error of the mean, NaN of one run."""
-        n = len(self.top1)
-        return statistics.stdev(self.top1) / math.sqrt(n) if n > 1 else math.nan
-
-
-def parse() -> argparse.Namespace:
-    """Returns the command line's arguments."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", default="configs/quickstart.py", help="recipe and data")
-    parser.add_argument("--data", help="folder of images, as config.data.dir (default: the config)")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/ask"))
-    parser.add_argument("--mixers", default="conv,conv_ssm,none", help=", ".join(TOKEN_MIXERS))
-    parser.add_argument("--stages", default="all", choices=("all", "last2"),
-                        help="the stages with the mixer; the others keep conv")  # fmt: skip
-    parser.add_argument("--attention", default="", help="of a ViT: full,causal")
-    parser.add_argument("--vit", default="vit_tiny_patch16_224", choices=tuple(VITS))
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
-    parser.add_argument("--resolutions", default="", help="pixels, with commas")
-    arguments, rest = sys.argv[1:], []
-    if "--" in arguments:
-        place = arguments.index("--")
-        arguments, rest = arguments[:place], arguments[place + 1 :]
-    args = parser.parse_args(arguments)
-    args.rest = rest
-    return args
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Returns the options, and the keys of --config.key=value."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", default="configs/quickstart.py", help="the recipe")
+    parser.add_argument(
+        "--data", default="", help="folder of split/class/image; default: the config's data"
+    )
+    parser.add_argument(
+        "--mixers",
+        default="conv,conv_ssm,none",
+        help="token mixers; those of four stages are joined by +: conv+conv+conv_ssm+conv_ssm",
+    )
+    parser.add_argument(
+        "--attention", default="", help="ViTs beside them: full, causal or full,causal"
+    )
+    parser.add_argument("--vit", default="vit_tiny_patch16_224", help="which ViT")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each combination")
+    parser.add_argument(
+        "--resolutions", default="", help="image sizes in pixels; default: the config's"
+    )
+    parser.add_argument("--budget", default="30 epochs", help="duration of each run")
+    parser.add_argument("--output", type=Path, default=Path("runs/ask"))
+    options, rest = parser.parse_known_args(argv)
+    keys = {}
+    for argument in rest:
+        match = re.fullmatch(r"--config\.([^=]+)=(.*)", argument)
+        if not match:
+            raise UserError(f"unknown argument {argument!r}: expected --config.KEY=VALUE")
+        keys[match[1]] = match[2]
+    configuration.check_command_line([f"--config={options.config}", *rest])
+    for key, option in OWN_KEYS.items():
+        if key in keys:
+            raise UserError(f"--config.{key} differs between the runs: use {option}")
+    if options.seeds < 1:
+        raise UserError(f"--seeds is {options.seeds}: expected at least 1")
+    return options, keys
 
 
-def networks(args: argparse.Namespace, size: int) -> list[Network]:
-    """Returns the networks to compare at a resolution.
-
-    Raises:
-        UserError: a mixer or an attention is unknown.
-    """
-    found = []
-    for names, known, option in (
-        (args.mixers, TOKEN_MIXERS, "--mixers"),
-        (args.attention, ATTENTIONS, "--attention"),
-    ):
-        for name in filter(None, names.split(",")):
-            if name not in known:
-                raise UserError(f"{option}={name}: expected some of {', '.join(known)}")
-            if option == "--mixers":
-                value = name if args.stages == "all" else f"conv,conv,{name},{name}"
-                keys: tuple[tuple[str, str], ...] = (("model.token_mixer", value),)
-            else:
-                keys = (("model.name", args.vit), ("model.attention", name))
-            found.append(Network(name, keys, size))
+def networks(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Returns the config's keys of each network, by its name in the table."""
+    mixers = [name for name in options.mixers.split(",") if name]
+    found: dict[str, dict[str, Any]] = {
+        name: {"model.token_mixer": name.replace("+", ",")} for name in mixers
+    }
+    for attention in filter(None, options.attention.split(",")):
+        found[f"ViT-{attention}"] = {"model.name": options.vit, "model.attention": attention}
     return found
 
 
-def train(args: argparse.Namespace, network: Network, seed: int) -> dict[str, float]:
-    """Trains one run to its end, or finds that it has ended; returns its last row of metrics.
+def data_keys(folder: str) -> dict[str, Any]:
+    """Returns the config's keys of a folder of split/class/image.
 
     Raises:
-        UserError: main.py failed.
+        UserError: it has no classes.
     """
-    workdir = args.workdir / f"{network.label}-{network.size}-seed{seed}"
-    flags = {"seed": str(seed), "data.image_size": str(network.size), **dict(network.keys)}
-    if args.data:
-        flags |= {"data.source": "folder", "data.dir": args.data}
-    command = [sys.executable, str(ROOT / "main.py"), f"--config={args.config}",
-               f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in flags.items()),
-               *args.rest]  # fmt: skip
-    log = args.workdir / f"{workdir.name}.log"
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    # A run of another command is left to main.py, which refuses to continue it.
-    ended = args.workdir / f"{workdir.name}.ended"
-    if not ended.exists() or ended.read_text() != "\n".join(command):
-        print(" ".join(command), flush=True)
-        # The log has the speed, beside the workdir: a new workdir must be empty.
-        with open(log, "a") as file:
-            code = subprocess.run(command, stderr=file).returncode
-        if code:
-            last = log.read_text().strip().splitlines()[-1:]
-            raise UserError(f"the run in {workdir} failed ({' '.join(last)}), see {log}")
-        ended.write_text("\n".join(command))
-    rates = [float(rate.replace(",", "")) for rate in re.findall(RATE, log.read_text())]
+    if not folder:
+        return {}
+    classes = [path for path in (Path(folder) / "train").glob("*") if path.is_dir()]
+    if not classes:
+        raise UserError(f"no classes in {folder}: expected {folder}/train/CLASS/IMAGE")
+    return {"data.source": "folder", "data.dir": folder, "data.num_classes": len(classes)}
+
+
+def recipe_keys(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the keys of the budget: a cosine over all of it, its first tenth warmup."""
+    try:
+        duration_steps(options.budget, steps_per_epoch=1, batch_size=1)
+    except UserError as error:
+        raise UserError(f"--budget: {error}") from None
+    number, unit = options.budget.replace("_", "").split()
     return {
-        "top1": list(read_rows(workdir / "metrics.csv"))[-1]["top1"],
-        "rate": statistics.median(rates) if rates else math.nan,
+        "schedule.duration": options.budget,
+        "schedule.warmup": f"{float(number) / 10:g} {unit}",
+        "schedule.cooldown": "",
+        "schedule.per": "step",
     }
 
 
-def measure(args: argparse.Namespace, network: Network) -> Answer:
-    """Trains all runs of a network and counts it."""
-    config, keys = load_config(args.config), dict(network.keys)
-    name = keys.get("model.name", config.model.name)
-    options: dict[str, Any] = {"num_classes": config.data.num_classes}
-    if name in VITS:
-        options |= {"attention": keys["model.attention"], "image_size": network.size}
-    else:
-        options |= {"token_mixer": keys["model.token_mixer"], "depthwise": "xla"}
-    model = create_model(name, **options)
-    total = count_total(model, (network.size, network.size, 3))
-    width = model.width if name in VITS else model.widths[2]
-    runs = [train(args, network, seed) for seed in range(args.seeds)]
-    return Answer(
-        network, [run["top1"] for run in runs], [run["rate"] for run in runs],
-        total.params, total.macs, math.ceil(network.size / PATCH) ** 2, width,
-    )  # fmt: skip
-
-
-def write_table(answers: list[Answer], path: Path) -> None:
-    """Writes the table, and prints it."""
-    rows = [
-        (
-            answer.network.label,
-            str(answer.network.size),
-            str(len(answer.top1)),
-            f"{answer.mean:.2f} ± {answer.error:.2f}",
-            f"{answer.params:,}",
-            f"{answer.macs:,}",
-            f"{statistics.median(answer.rates):,.0f}",
-            f"{answer.tokens:,}",
-            f"{long_sequence(answer.width):,}",
-            "yes" if answer.tokens > long_sequence(answer.width) else "no",
-        )
-        for answer in answers
+def plan(options: argparse.Namespace, given: dict[str, str]) -> list[dict[str, Any]]:
+    """Returns the runs: network, size, seed and the config's keys. First all of the first seed."""
+    shared = {**recipe_keys(options), **data_keys(options.data), **given}
+    sizes = [size for size in options.resolutions.split(",") if size]
+    if not sizes:
+        sizes = [str(configuration.load_config(options.config).data.image_size)]
+    if bad := [size for size in sizes if not size.isdecimal()]:
+        raise UserError(f"--resolutions has {bad[0]!r}: expected pixels, such as 32,64")
+    return [
+        {
+            "network": name,
+            "size": int(size),
+            "seed": seed,
+            "keys": {**shared, **keys, "data.image_size": int(size), "seed": seed},
+        }
+        for seed in range(options.seeds)
+        for size in sizes
+        for name, keys in networks(options).items()
     ]
-    lines = [HEADER, ("---",) * len(HEADER), *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-    path.write_text(text)
-    print(text)
 
 
-def draw(answers: list[Answer], folder: Path) -> None:
-    """Draws the three figures; error bars are standard errors."""
-    import matplotlib
+def count(config_file: str, keys: dict[str, Any]) -> dict[str, int]:
+    """Returns the parameters and MACs of a run's network, its tokens L and their width D.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Raises:
+        UserError: the config has no such network.
+    """
+    from mambaout_jax.build import build_model
+    from mambaout_jax.models.flops import count_total
+    from mambaout_jax.models.mambaout import MambaOut
+    from mambaout_jax.models.vit import PATCH
 
-    causal = [answer for answer in answers if answer.network.label in ATTENTIONS]
-    figures = (
-        ("accuracy_over_macs", "MACs", answers, lambda answer: answer.macs),
-        ("full_against_causal", "pixels", causal, lambda answer: answer.network.size),
-        ("accuracy_over_tokens", "tokens L (stride 16)", answers, lambda answer: answer.tokens),
-    )
-    for name, label, chosen, position in figures:
-        figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-        key = lambda answer: answer.network.label  # noqa: E731
-        for network, group in itertools.groupby(sorted(chosen, key=key), key=key):
-            points = sorted(group, key=position)
-            errors = [0 if math.isnan(point.error) else point.error for point in points]
-            means = [point.mean for point in points]
-            axes.errorbar([position(point) for point in points], means, errors, marker="o",
-                          capsize=3, label=network)  # fmt: skip
-        axes.set(xlabel=label, ylabel="top-1 (%)")
-        if chosen:
-            axes.legend()
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        plt.close(figure)
+    config = configuration.load_config(config_file)
+    config.unlock()
+    for key, value in keys.items():
+        kind = type(configuration.flatten(config)[key])
+        config.update_from_flattened_dict({key: kind(value)})
+    size = config.data.image_size
+    model = build_model(config)
+    if isinstance(model, MambaOut):
+        model = model.clone(depthwise="xla")
+    # Of MambaOut, those of stage 3: its stride is that of a ViT's patches.
+    width = model.widths[2] if isinstance(model, MambaOut) else model.width
+    total = count_total(model, (size, size, 3))
+    tokens = (-(-size // PATCH)) ** 2
+    return {"params": total.params, "macs": total.macs, "tokens": tokens, "width": width}
 
 
-def main() -> None:
-    """Trains, then writes the table and the figures."""
-    args = parse()
-    if args.seeds < 1:
-        raise UserError(f"--seeds is {args.seeds}: expected at least 1")
-    sizes = args.resolutions or str(load_config(args.config).data.image_size)
-    if not all(size.isdecimal() for size in sizes.split(",")):
-        raise UserError(f"--resolutions={sizes}: expected numbers of pixels, such as 32,64")
-    chosen = [network for size in sizes.split(",") for network in networks(args, int(size))]
-    answers = [measure(args, network) for network in chosen]
-    write_table(answers, args.workdir / "table.md")
-    draw(answers, args.workdir)
+def train(options: argparse.Namespace, run: dict[str, Any]) -> dict[str, Any] | int:
+    """Trains one run by main.py, or reads its result; returns main.py's exit code if not 0."""
+    name = f"{run['network']}-{run['size']}-seed{run['seed']}"
+    folder = options.output / name
+    result, log = options.output / f"{name}.json", options.output / f"{name}.log"
+    if result.exists():
+        known = json.loads(result.read_text())
+        if known["keys"] == run["keys"]:
+            return {**run, **known}
+        raise UserError(f"{result} is of a run with other keys: choose another --output")
+    figures = count(options.config, run["keys"])  # a bad combination ends before it trains
+    print(f"training {name}", flush=True)
+    command = [sys.executable, str(ROOT / "main.py"), f"--config={options.config}"]
+    command += [f"--workdir={folder}"]
+    command += [f"--config.{key}={value}" for key, value in run["keys"].items()]
+    options.output.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        code = subprocess.run(command, stderr=file, stdout=file, check=False).returncode
+    lines = log.read_text().splitlines()
+    if code:
+        print(f"{name} ended with exit code {code}: {lines[-1] if lines else ''}", file=sys.stderr)
+        return code
+    with (folder / "metrics.csv").open() as file:
+        top1 = float(list(csv.DictReader(file))[-1]["top1"])
+    # The first figures are of steps that wait for the compilation.
+    text = "\n".join(lines)
+    rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+) images/s", text)]
+    speed = statistics.median(rates[1:]) if len(rates) > 1 else None
+    measured = {"keys": run["keys"], "top1": top1, "images_per_s": speed, **figures}
+    result.write_text(json.dumps(measured, indent=1))
+    return {**run, **measured}
+
+
+def main(argv: list[str]) -> int:
+    """Trains all runs, and reports after each."""
+    options, given = parse_arguments(argv)
+    results = []
+    for run in plan(options, given):
+        done = train(options, run)
+        if isinstance(done, int):
+            return RESUME if done in (RESUME, 130) else 1
+        results.append(done)
+        ask_report.write(results, options.output)
+    print((options.output / "table.md").read_text(), end="")
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main(sys.argv[1:]))
     except UserError as error:
         sys.exit(f"error: {error}")
