@@ -7,7 +7,7 @@ import re
 import threading
 import urllib.parse
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from hub_uploads import COMMIT, Files, Uploads, commit_of
@@ -62,7 +62,7 @@ def content(file: Path | bytes) -> bytes:
     return file if isinstance(file, bytes) else file.read_bytes()
 
 
-class Handler(Uploads):
+class Handler(Uploads, BaseHTTPRequestHandler):
     """`/{owner}/{name}/resolve/{revision}/{file}`, with and without a range, and `/api/models`."""
 
     protocol_version = "HTTP/1.1"
