@@ -89,9 +89,10 @@ def test_the_first_cell_installs_a_wheel_of_a_clone_that_works(tmp_path):
     assert (NOTEBOOK.parent / pattern[2]).resolve() == ROOT
     clone = tmp_path / "clone"
     clone.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "main.py"):
         shutil.copy(ROOT / name, clone)
-    shutil.copytree(ROOT / "mambaout_jax", clone / "mambaout_jax")
+    for name in ("mambaout_jax", "configs"):
+        shutil.copytree(ROOT / name, clone / name)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     isolation = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
     wheel = [*pip, "wheel", "--no-deps", *isolation, f"--wheel-dir={tmp_path}", str(clone)]

@@ -215,6 +215,8 @@ def test_timms_config_and_ours_say_the_same():
     assert from_timm(config, "x") == info
     with pytest.raises(UserError, match="no option for act='silu'"):
         to_timm(dataclasses.replace(info, overrides={"act": "silu"}))
+    with pytest.raises(UserError, match="vit_tiny is no MambaOut: expected one of"):
+        to_timm(dataclasses.replace(info, model="vit_tiny"))
     with pytest.raises(UserError, match="have no classes"):
         to_timm(dataclasses.replace(info, num_classes=0))
     config["model_args"]["kernel_size"] = 3

@@ -29,6 +29,8 @@ def to_timm(info: WeightsInfo) -> dict[str, Any]:
     Raises:
         UserError: timm has no such network.
     """
+    if info.model not in VARIANTS:
+        raise UserError(f"{info.model} is no MambaOut: expected one of {', '.join(VARIANTS)}")
     if not info.num_classes:
         raise UserError(
             f"these weights of {info.model} have no classes, and timm's network without classes "
