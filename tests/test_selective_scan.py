@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mambaout_jax.errors import UserError
 from mambaout_jax.ops import selective_scan
@@ -93,6 +94,21 @@ def test_bfloat16_has_states_of_float32():
     assert y.dtype == jnp.bfloat16
     exact = selective_scan(*(array.astype(jnp.float32) for array in half))
     np.testing.assert_allclose(np.float32(y), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_batch_on_a_mesh(kind):
+    args, weight = example(CHUNK + 4, n=8)
+    args, weight = in_float32(args), np.float32(weight)
+    expected = output_and_gradients(args, weight, "chunked")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    batch, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
+    placed = [jax.device_put(x, batch if x.ndim == 3 else whole) for x in (*args, weight)]
+    with jax.set_mesh(mesh):
+        found = output_and_gradients(tuple(placed[:-1]), placed[-1], "chunked")
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = max(1, float(np.abs(theirs).max()))
+        np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-5)
 
 
 def test_bad_arguments():

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
 
 import mambaout_jax
 from mambaout_jax.__main__ import main
@@ -14,6 +16,7 @@ from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.errors import UserError
 from mambaout_jax.inference.export import export_program
 from mambaout_jax.models.flops import attention_block_macs, count_layers, count_total
+from mambaout_jax.models.vit import VITS
 from mambaout_jax.runtime.sharding import make_mesh, state_shardings
 from mambaout_jax.training.optimizer import decay_mask
 from mambaout_jax.weights.info import WeightsInfo
@@ -78,9 +81,35 @@ def test_bad_options():
         model.apply({"params": params}, golden.images(0, 1, 32))
 
 
+def test_a_file_of_timms_is_read_and_takes_a_new_last_layer(tmp_path):
+    params = golden.params(mambaout_jax.create_model(NAME, num_classes=4))
+    file = tmp_path / "vit.safetensors"
+    save_file(mambaout_jax.to_torch(params, mambaout_jax.create_model(NAME, num_classes=4)), file)
+    found, info = mambaout_jax.read_weights(file)
+    assert (info.model, info.num_classes) == (NAME, 4)
+    assert (info.preprocessing.mean, info.preprocessing.crop_pct) == ((0.5, 0.5, 0.5), 0.9)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    _, finetuned = mambaout_jax.load_pretrained(file, num_classes=2)
+    assert finetuned["head"]["kernel"].shape == (192, 2)
+    with pytest.raises(UserError, match="has no pretrained weights"):
+        mambaout_jax.read_weights(NAME)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_batch_on_a_mesh(kind):
+    model, params = small(depth=1)
+    images = golden.images(0, 8, 64)
+    expected = jax.jit(model.apply)({"params": params}, images)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    split = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
+    with jax.set_mesh(mesh):
+        got = jax.jit(model.apply)({"params": params}, split)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["full", "causal"])
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
+@pytest.mark.parametrize("name", VITS)
 def test_logits_equal_timms(name, attention):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch = pytest.importorskip("torch", reason="torch is not installed")

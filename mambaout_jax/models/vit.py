@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from mambaout_jax.errors import UserError, did_you_mean
 from mambaout_jax.models.layers import Dense, LayerNorm, kernel_init
 from mambaout_jax.ops import activate, weighted
+from mambaout_jax.ops.sharded import on_mesh_of
 
 ATTENTIONS = ("full", "causal")
 PATCH = 16  # side of a token, in pixels
@@ -131,9 +132,11 @@ class ViT(nn.Module):
         x = PatchEmbed(self.width, **_types(self), name="patch_embed")(images)
         first = self.param("cls_token", kernel_init, (1, 1, self.width))
         position = self.param("pos_embed", kernel_init, (1, tokens + 1, self.width))
+        first, position = on_mesh_of(x, first), on_mesh_of(x, position)
         # timm's position 0 is that of the class token.
         x = x.reshape(n, tokens, self.width) + position[:, 1:].astype(self.dtype)
-        last = jnp.broadcast_to((first + position[:, :1]).astype(self.dtype), (n, 1, self.width))
+        # Added to zeros of x's sharding, which all parts of x must have.
+        last = jnp.zeros_like(x[:, :1]) + (first + position[:, :1]).astype(self.dtype)
         x = jnp.concatenate((x, last), axis=1)
         block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         causal = self.attention == "causal"

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mambaout_jax.errors import UserError
+from mambaout_jax.ops.sharded import on_mesh_of
 
 IMPLEMENTATIONS = ("auto", "scan", "chunked")
 CHUNK = 16  # steps; a chunk's states are an array of [N, CHUNK, E, S]
@@ -55,9 +56,9 @@ def selective_scan(
     if implementation == "auto":
         implementation = "chunked" if x.shape[1] > CHUNK else "scan"
     states = _chunked if implementation == "chunked" else _scan
-    a = a.astype(jnp.float32)
+    a, d = (on_mesh_of(x, array.astype(jnp.float32)) for array in (a, d))
     y = states(x, delta, a, b, c)
-    return (y + x.astype(jnp.float32) * d.astype(jnp.float32)[None, None]).astype(x.dtype)
+    return (y + x.astype(jnp.float32) * d[None, None]).astype(x.dtype)
 
 
 def _check_shapes(x, delta, a, b, c, d) -> None:  # type: ignore[no-untyped-def]
@@ -85,7 +86,8 @@ def _read(h: jax.Array, c: jax.Array) -> jax.Array:
 
 
 def _first_state(x: jax.Array, a: jax.Array) -> jax.Array:
-    return jnp.zeros((x.shape[0], *a.shape), jnp.float32)
+    # Of x's sharding, which a scan's first state must have.
+    return jnp.zeros_like(x[:, 0, :, None].astype(jnp.float32) * a[None])
 
 
 def _scan(x, delta, a, b, c):  # type: ignore[no-untyped-def]

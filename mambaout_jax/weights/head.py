@@ -11,7 +11,7 @@ from mambaout_jax.models.layers import kernel_init
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.weights.shapes import param_shapes
 
-LAST_LAYER = ("head", "fc2")
+LAST_LAYERS = ("head/fc2", "head")  # of a MambaOut, of a ViT
 
 
 def fit_head(
@@ -36,7 +36,7 @@ def fit_head(
         flat = {path: leaf for path, leaf in flat.items() if path[0] != "head"}
         return unflatten_dict(flat), "the head is left out"
     for path, shape in param_shapes(model).items():
-        if path[: len(LAST_LAYER)] == LAST_LAYER:
+        if "/".join(path[:-1]) in LAST_LAYERS:
             new = kernel_init(key, shape) if path[-1] == "kernel" else np.zeros(shape)
             flat[path] = np.asarray(new, np.float32)
     return unflatten_dict(flat), f"the last layer is new, for {model.num_classes} classes"

@@ -6,11 +6,13 @@ from typing import Literal
 
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.variants import VARIANTS, Variant
+from mambaout_jax.models.vit import VITS
 
 Layout = Literal["timm", "original"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 LAST_LAYER = {"timm": "head.fc.bias", "original": "head.fc2.bias"}
+VIT_KERNEL = "patch_embed.proj.weight"
 _BLOCK = {
     "timm": re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)"),
     "original": re.compile(r"stages\.(\d+)\.(\d+)\.(.+)"),
@@ -36,13 +38,16 @@ def find_layout(names: Mapping[str, object]) -> Layout:
 
 def find_classes(shapes: Shapes) -> int:
     """Returns the number of classes, 0 if the last layer is missing."""
-    shape = shapes.get(LAST_LAYER[find_layout(shapes)], ())
+    last = "head.bias" if VIT_KERNEL in shapes else LAST_LAYER[find_layout(shapes)]
+    shape = shapes.get(last, ())
     return shape[0] if shape else 0
 
 
 def candidates(shapes: Shapes) -> list[str]:
     """Returns the variants whose depths and widths agree with the tensors that were found."""
     layout = find_layout(shapes)
+    if VIT_KERNEL in shapes:
+        return [name for name, (width, _) in VITS.items() if width == shapes[VIT_KERNEL][0]]
     blocks: dict[int, set[int]] = {}
     sizes: dict[tuple[int, str], tuple[int, ...]] = {}
     for name, shape in shapes.items():

@@ -20,6 +20,7 @@ from mambaout_jax.models.pretrained import (
     preprocessing,
 )
 from mambaout_jax.models.variants import VARIANTS, find_variant
+from mambaout_jax.models.vit import VITS
 from mambaout_jax.weights.head import fit_head
 from mambaout_jax.weights.identify import Shapes, find_classes, find_variant_of
 from mambaout_jax.weights.info import WeightsInfo
@@ -127,7 +128,7 @@ def locate(name_or_path: epath.PathLike) -> tuple[Path, str | None]:
     if path.suffix in SUFFIXES or path.exists():
         return path, None
     name = name.removeprefix(f"{HUB_OWNER}/")
-    if name in VARIANTS:
+    if name in VARIANTS or name in VITS:
         if name not in DEFAULT_TAGS:
             raise UserError(f"{name} has no pretrained weights")
         name = DEFAULT_TAGS[name]
@@ -207,5 +208,6 @@ def _variant(name: str) -> str:
     """Returns the variant of a variant's name or a name on the hub."""
     if "." in name:
         return find_pretrained(name).variant
-    find_variant(name)
+    if name not in VITS:
+        find_variant(name)
     return name

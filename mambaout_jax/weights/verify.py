@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from mambaout_jax.errors import UserError, first_line
+from mambaout_jax.models.vit import VITS
 from mambaout_jax.weights.info import WeightsInfo
 from mambaout_jax.weights.pickle_file import import_torch
 
@@ -42,7 +43,9 @@ def largest_difference(
     theirs = create_model(info.model, num_classes=info.num_classes).eval()
     state_dict = {name: torch.tensor(np.asarray(x, np.float32)) for name, x in tensors.items()}
     try:
-        theirs.load_state_dict(checkpoint_filter_fn(state_dict, theirs), strict=True)
+        if info.model not in VITS:
+            state_dict = checkpoint_filter_fn(state_dict, theirs)
+        theirs.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
         raise UserError(f"timm refuses the tensors: {first_line(error)}") from error
     images = test_image(info.preprocessing.shape)
