@@ -34,12 +34,17 @@ def build_model(config: ConfigDict) -> MambaOut:
         UserError: when it is unknown, or an option is of another kind of network.
     """
     model = config.model
-    options: dict[str, Any] = {"token_mixer": model.token_mixer, "kernel_size": model.kernel_size}
+    options: dict[str, Any] = {
+        "token_mixer": model.token_mixer,
+        "kernel_size": model.kernel_size,
+        "depthwise": model.depthwise,
+    }
     if model.name in VITS:
-        if any(options[key] != DEFAULTS[key] for key in options):
+        defaults = {**DEFAULTS, "depthwise": "auto"}
+        if changed := [key for key in options if options[key] != defaults[key]]:
             raise UserError(
-                f"{model.name} has no token mixer and no kernel: config.model.token_mixer and "
-                "config.model.kernel_size are MambaOut's, leave them out"
+                f"config.model.{changed[0]} is {options[changed[0]]!r}, an option of MambaOut, and "
+                f"{model.name} is a ViT: leave it out"
             )
         if config.optimizer.layer_decay != 1:
             raise UserError(f"config.optimizer.layer_decay is MambaOut's: {model.name} needs 1")
@@ -49,8 +54,6 @@ def build_model(config: ConfigDict) -> MambaOut:
             f"config.model.attention is {model.attention!r}, and {model.name} has no attention: "
             f"expected one of {', '.join(VITS)}, or leave it out"
         )
-    else:
-        options["depthwise"] = model.depthwise
     return create_model(
         model.name,
         num_classes=config.data.num_classes,

@@ -220,7 +220,9 @@ def test_timms_config_and_ours_say_the_same():
     with pytest.raises(UserError, match="have no classes"):
         to_timm(dataclasses.replace(info, num_classes=0))
     config["model_args"]["kernel_size"] = 3
-    with pytest.raises(UserError, match="timm's option kernel_size=3"):
+    assert from_timm(config, "x").overrides == {**overrides, "kernel_size": 3}
+    config["model_args"]["ls_init_value"] = 0.1
+    with pytest.raises(UserError, match=r"timm's option ls_init_value=0\.1"):
         from_timm(config, "x")
 
 

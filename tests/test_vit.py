@@ -146,7 +146,8 @@ def causal(torch, model, x):
 
 
 def test_a_config_names_a_vit_and_bad_combinations_are_sentences():
-    keys = {"model.name": NAME, "model.attention": "causal"}
+    vit = {"model.name": NAME, "model.depthwise": "auto"}
+    keys = {**vit, "model.attention": "causal"}
     run = build_run(small_run.small_config(**keys))
     assert (run.model.attention, run.model.image_size) == ("causal", 32)
     shapes = jax.eval_shape(lambda key: run.initial_state(key).params, jax.random.key(0))
@@ -158,8 +159,15 @@ def test_a_config_names_a_vit_and_bad_combinations_are_sentences():
     info = run.weights_info()
     assert info.create_model().attention == "causal"
     for bad, message in (
-        ({"model.name": NAME, "model.token_mixer": "none"}, "has no token mixer and no kernel"),
-        ({"model.name": NAME, "optimizer.layer_decay": 0.5}, "layer_decay is MambaOut's"),
+        (
+            {**vit, "model.token_mixer": "none"},
+            "config.model.token_mixer is 'none', an option of MambaOut",
+        ),
+        (
+            {**vit, "model.depthwise": "xla"},
+            "config.model.depthwise is 'xla', an option of MambaOut",
+        ),
+        ({**vit, "optimizer.layer_decay": 0.5}, "layer_decay is MambaOut's"),
         ({"model.attention": "causal"}, "test_mambaout has no attention: expected one of vit_tiny"),
     ):
         with pytest.raises(UserError, match=message):

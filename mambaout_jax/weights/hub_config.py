@@ -17,6 +17,7 @@ _ARGUMENTS = {
     "widths": "dims",
     "conv_ratio": "conv_ratio",
     "expansion_ratio": "expansion_ratio",
+    "kernel_size": "kernel_size",
 }
 # Fields that do not change what a network computes, and timm's arguments for training.
 _NO_ARGUMENTS = ("depthwise", "dtype", "gradient_dtype", "remat")
