@@ -96,16 +96,17 @@ sys.path.insert(0, "benchmarks")
 import duel_fault
 import jax, numpy as np
 import mambaout_jax
-model = mambaout_jax.create_model("mambaout_femto", depths=(1, 1, 1, 1), num_classes=10)
+SMALL = {"depths": (1, 1, 1, 1), "widths": (8, 12, 16, 24), "num_classes": 10}
+model = mambaout_jax.create_model("mambaout_femto", **SMALL)
 images = np.random.RandomState(0).randn(2, 64, 64, 3).astype(np.float32)
 params = jax.jit(model.init)(jax.random.key(0), images)
 params = jax.tree.map(lambda leaf: leaf * 5, params)
-maps = [np.asarray(model.apply(params, images))]
+maps = [np.asarray(jax.jit(model.apply)(params, images))]
 for fault in (duel_fault.tanh_gelu, duel_fault.same_padding):
     fault()
-    model = mambaout_jax.create_model("mambaout_femto", depths=(1, 1, 1, 1), num_classes=10)
-    maps.append(np.asarray(model.apply(params, images)))
-    gradient = jax.grad(lambda params: model.apply(params, images).sum())(params)
+    model = mambaout_jax.create_model("mambaout_femto", **SMALL)
+    maps.append(np.asarray(jax.jit(model.apply)(params, images)))
+    gradient = jax.jit(jax.grad(lambda params: model.apply(params, images).sum()))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 print(*[np.abs(one - other).max() / np.abs(one).max() for one, other in zip(maps, maps[1:])])
 """

@@ -58,7 +58,9 @@ def test_the_kernel_of_a_convolution_is_summed_in_float32_too():
     np.testing.assert_array_equal(middle, 257)
 
 
-@pytest.mark.parametrize("name", ["mambaout_femto", "test_mambaout"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("mambaout_femto", marks=pytest.mark.slow), "test_mambaout"]
+)
 def test_on_one_device_both_types_give_the_same_gradients(name):
     images = np.random.RandomState(0).randn(2, 32, 32, 3).astype(np.float32)
 

@@ -100,12 +100,18 @@ def flip_a_bit(path):
 @pytest.mark.parametrize(
     ("damage", "where"),
     [
-        (cut_off, lambda folder: largest(folder / "optimizer")),
-        (flip_a_bit, lambda folder: largest(folder / "params")),
-        (Path.unlink, lambda folder: folder / "data" / "metadata"),
-        (cut_off, lambda folder: folder / "metrics" / "metrics"),
+        pytest.param(
+            cut_off, lambda folder: largest(folder / "optimizer"), marks=pytest.mark.slow, id="cut"
+        ),
+        pytest.param(flip_a_bit, lambda folder: largest(folder / "params"), id="bit"),
+        pytest.param(
+            Path.unlink,
+            lambda folder: folder / "data" / "metadata",
+            marks=pytest.mark.slow,
+            id="missing",
+        ),
+        pytest.param(cut_off, lambda folder: folder / "metrics" / "metrics", id="metrics"),
     ],
-    ids=["cut off", "bit", "missing", "metrics"],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     damage, where, finished, stopped, caplog

@@ -70,7 +70,11 @@ def straight(no_signal_is_ignored, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_the_group_saves_and_the_run_resumes_to_the_same_bits(
     number, straight, tmp_path
@@ -152,6 +156,7 @@ runpy.run_path("main.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_reason_is_the_last_line_after_a_save_that_failed(tmp_path):
     """At the first save files may grow to 50 kB, less than arrays. Threads of Orbax fail, too."""
     keys = ("--config.data.threads=1", "--config.eval.every=12 steps")

@@ -238,6 +238,7 @@ def test_a_run_keeps_its_mixer_and_kernel(tmp_path):
     assert WeightsInfo.from_json(info.to_json()) == info
 
 
+@pytest.mark.slow
 def test_an_exported_program_takes_any_batch():
     model, params = model_of("conv_ssm_bidirectional"), params_of("conv_ssm_bidirectional")
     info = WeightsInfo("test_mambaout", 5, Preprocessing(size=160))
