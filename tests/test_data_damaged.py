@@ -145,6 +145,7 @@ def test_an_image_that_stays_unreadable_counts_as_bad(good_folder):
         list(eval_batches(config(folder)))
 
 
+@pytest.mark.slow
 def test_a_broken_disk_is_no_mistake_of_the_user(good_folder):
     for number in (7, 9):
         broken(good_folder, number)

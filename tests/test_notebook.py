@@ -110,6 +110,7 @@ def test_the_first_cell_installs_a_wheel_of_a_clone_that_works(tmp_path):
     assert done.stdout == f"{tmp_path}/site/mambaout_jax/labels/__init__.py tench, Tinca tinca\n"
 
 
+@pytest.mark.slow
 def test_every_cell_ran_over_both_devices(executed):
     cells = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
@@ -117,6 +118,7 @@ def test_every_cell_ran_over_both_devices(executed):
     assert "images/s on 2 x cpu" in printed(cells[-2])
 
 
+@pytest.mark.slow
 def test_its_predictions_are_the_models(executed, tensors):
     (cell,) = (cell for cell in executed.cells if "sklearn.datasets.images" in cell.source)
     lines = printed(cell).splitlines()

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -44,10 +45,22 @@ def assert_equal(got, expected):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [P("data"), P(("data", "fsdp"))])
-@pytest.mark.parametrize("in_context", [False, True])
-@pytest.mark.parametrize("params_on_mesh", [False, True])
+CASES = list(
+    itertools.product(
+        (AxisType.Auto, AxisType.Explicit),
+        (P("data"), P(("data", "fsdp"))),
+        (False, True),
+        (False, True),
+    )
+)
+# Every pair of values of two arguments is in the first test cases; the rest are slow tests.
+FIRST = [case for case in CASES if (CASES.index(case).bit_count() % 2) == 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "in_context", "params_on_mesh"),
+    [*FIRST, *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case not in FIRST)],
+)
 def test_a_batch_on_a_mesh(expected, kind, spec, in_context, params_on_mesh):
     assert jax.device_count() == 8
     model, params, images, (gradients, logits) = expected

@@ -294,6 +294,7 @@ def test_a_stop_in_an_evaluation_is_made_up_for(finished, tmp_path, monkeypatch,
         assert metrics["top1"] == load_weights(path / "checkpoints/8")[1].metrics["top1"]
 
 
+@pytest.mark.slow
 def test_the_record_is_written_again_when_the_workdir_was_removed(tmp_path, monkeypatch):
     push = LossMeter.push
 
@@ -384,6 +385,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch,
     assert np.isfinite(np.genfromtxt(tmp_path / "run/metrics.csv", delimiter=",")[1:]).all()
 
 
+@pytest.mark.slow
 def test_too_many_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path, monkeypatch):
     poison(monkeypatch, 6, 12)
     with pytest.raises(UserError, match=r"not finite in 3 steps in a row, .* step 8 \(config"):
