@@ -105,6 +105,8 @@ def main(argv: list[str]) -> None:
                 # Not as Python ends: threads of a failed save would log their errors after this.
                 processes.leave(processes.FAILED, error)
             raise
+        # Not as Python ends: a C++ thread that asks for Python's lock then aborts the process.
+        processes.leave(0)
 
 
 def run(workdir: epath.Path, stop: StopRequest) -> None:
