@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
                 # Not as Python ends: threads of a failed save would log their errors after this.
                 processes.leave(processes.FAILED, error)
             raise
-        # Not as Python ends: a C++ thread that asks for Python's lock then aborts the process.
+        # Skips Python's finalization: a C++ thread that waits for the GIL would abort the process.
         processes.leave(0)
 
 

@@ -59,7 +59,7 @@ def absolute(path: epath.PathLike) -> epath.Path:
         os.fspath(path).encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{path} is not UTF-8, and TensorStore writes arrays to no such folder: choose another"
+            f"{path} is not UTF-8, so TensorStore cannot write to it: choose another name"
         ) from None
     return path
 

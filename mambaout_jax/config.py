@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mambaout_jax.errors import UserError, did_you_mean
+from mambaout_jax.models.vit import ATTENTIONS
 from mambaout_jax.training.mixing import check_group
 from mambaout_jax.training.optimizer import OPTIMIZERS
 from mambaout_jax.training.step import LOSSES
@@ -124,7 +125,7 @@ INTERVALS: dict[str, Range] = {
     "augment.crop_ratio": POSITIVE,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.attention": ("full", "causal"),
+    "model.attention": ATTENTIONS,
     "model.dtype": ("float32", "bfloat16"),
     "model.gradient_dtype": ("float32", "bfloat16"),
     "data.source": ("tfds", "folder", "synthetic"),

@@ -63,7 +63,7 @@ def push_to_hub(
     """
     name = repository.removeprefix("hf-hub:")
     if name.count("/") != 1 or "@" in name:
-        raise UserError(f"{repository!r} is no name of a repository: expected OWNER/NAME")
+        raise UserError(f"{repository!r} is not a repository name: expected OWNER/NAME")
     token = token or huggingface_hub.get_token()
     if not token:
         raise UserError(
@@ -86,7 +86,7 @@ def describe(params: Mapping[str, Any]) -> WeightsInfo:
     """Returns the description of parameters of unknown origin.
 
     Raises:
-        UserError: they are of no variant.
+        UserError: they fit no variant.
     """
     shapes = tree_shapes(params)
     classes = shapes.get(("head", "fc2", "bias"), (0,))[0]
@@ -98,9 +98,7 @@ def describe(params: Mapping[str, Any]) -> WeightsInfo:
             continue
         if shapes == dict(param_shapes(create_model(name, num_classes=classes))):
             return WeightsInfo(name, classes, variant_preprocessing(name))
-    raise UserError(
-        "these parameters are of no variant: expected info=, as read_weights returns it"
-    )
+    raise UserError("these parameters fit no variant: expected info=, as read_weights returns it")
 
 
 def _write_files(
@@ -209,7 +207,7 @@ def _explain(error: Exception, name: str) -> str:
             "write, and a name of your own or of your organization"
         )
     if isinstance(error, errors.HFValidationError):
-        return f"{name!r} is no name of a repository: expected OWNER/NAME ({first_line(error)})"
+        return f"{name!r} is not a repository name: expected OWNER/NAME ({first_line(error)})"
     reason = first_line(error.__cause__ or error)
     return (
         f"cannot push to {name} on {where} ({reason}): nothing is committed; the same command "

@@ -140,13 +140,13 @@ def test_a_repository_of_timm_is_read_by_its_config(hub):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("digits", {}, "'digits' is no name of a repository: expected OWNER/NAME"),
+        ("digits", {}, "'digits' is not a repository name: expected OWNER/NAME"),
         (NAME, {"token": "hf_gone"}, "does not know this token: set HF_TOKEN to a token that may"),
         ("other/digits", {}, "this token may not write other/digits"),
         ("user/resnet", {}, "user/resnet exists and holds the architecture 'resnet50', not 'test"),
         ("user/novel", {}, "user/novel exists and holds no MambaOut, not 'test_mambaout': choose"),
         ("user/public", {"private": True}, "user/public exists and is public: change that in its"),
-        ("user/a..b", {}, "'user/a..b' is no name of a repository"),
+        ("user/a..b", {}, "'user/a..b' is not a repository name"),
     ],
 )
 def test_pushes_that_are_refused_leave_nothing(hub, digits, name, options, message):
@@ -200,7 +200,7 @@ def test_repositories_that_cannot_be_read(hub, digits):
         mambaout_jax.read_weights("hf-hub:user/gone")
     with pytest.raises(UserError, match=r"are test_mambaout's, not mambaout_tiny's"):
         mambaout_jax.read_weights(f"hf-hub:{NAME}", model="mambaout_tiny")
-    with pytest.raises(UserError, match=r"parameters are of no variant: expected info="):
+    with pytest.raises(UserError, match=r"parameters fit no variant: expected info="):
         mambaout_jax.push_to_hub({"x": np.zeros(3)}, NAME)
 
 
@@ -215,7 +215,7 @@ def test_timms_config_and_ours_say_the_same():
     assert from_timm(config, "x") == info
     with pytest.raises(UserError, match="no option for act='silu'"):
         to_timm(dataclasses.replace(info, overrides={"act": "silu"}))
-    with pytest.raises(UserError, match="vit_tiny is no MambaOut: expected one of"):
+    with pytest.raises(UserError, match="vit_tiny is not a MambaOut: expected one of"):
         to_timm(dataclasses.replace(info, model="vit_tiny"))
     with pytest.raises(UserError, match="have no classes"):
         to_timm(dataclasses.replace(info, num_classes=0))

@@ -320,7 +320,7 @@ def test_a_workdir_that_cannot_be_written_is_named():
 
 def test_a_workdir_whose_name_is_not_utf8_is_refused_at_once(tmp_path):
     workdir = epath.Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
-    with pytest.raises(UserError, match=r"caf\udce9 is not UTF-8, and TensorStore"):
+    with pytest.raises(UserError, match=r"caf\udce9 is not UTF-8, so TensorStore"):
         train(small_config(), workdir)
     assert not workdir.exists()
 

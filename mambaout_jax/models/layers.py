@@ -24,6 +24,11 @@ from mambaout_jax.ops import (
 kernel_init = nn.initializers.truncated_normal(0.02, lower=-2 / 0.02, upper=2 / 0.02)
 
 
+def types(module: nn.Module) -> dict[str, Any]:
+    """Returns the types that a module passes to the layers in it."""
+    return {"dtype": module.dtype, "gradient_dtype": module.gradient_dtype}
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over channels, epsilon 1e-6, with float32 statistics.
 
@@ -54,13 +59,16 @@ class Conv3x3Stride2(nn.Module):
         """[N, H, W, C] to [N, ceil(H / 2), ceil(W / 2), features]."""
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        convolve = functools.partial(_convolve, padding=self.padding)
-        return weighted(convolve, self.gradient_dtype, x.astype(self.dtype), kernel, bias)
+        strided = functools.partial(convolve, stride=2, padding=self.padding)
+        return weighted(strided, self.gradient_dtype, x.astype(self.dtype), kernel, bias)
 
 
-def _convolve(x: jax.Array, kernel: jax.Array, bias: jax.Array, padding: Any) -> jax.Array:
-    layout = ("NHWC", "HWIO", "NHWC")
-    y = jax.lax.conv_general_dilated(x, kernel, (2, 2), padding, dimension_numbers=layout)
+def convolve(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride: int, padding: Any
+) -> jax.Array:
+    """Convolves [N, H, W, C] with a kernel [kh, kw, C, features], and adds the bias."""
+    layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
+    y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
     return y + bias.reshape(1, 1, 1, -1)
 
 

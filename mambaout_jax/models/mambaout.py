@@ -26,6 +26,7 @@ from mambaout_jax.models.layers import (
     LayerNorm,
     MergeDense,
     SplitDense,
+    types,
 )
 from mambaout_jax.models.mixers import (
     KERNEL_SIZE,
@@ -40,10 +41,6 @@ from mambaout_jax.models.vit import VITS, create_vit
 from mambaout_jax.ops import activate, gate_product, weighted
 
 
-def _types(module: nn.Module) -> dict[str, Any]:
-    return {"dtype": module.dtype, "gradient_dtype": module.gradient_dtype}
-
-
 class Stem(nn.Module):
     """Two 3x3 convolutions of stride 2, with the activation of the blocks between them."""
 
@@ -56,10 +53,10 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, 3] to [N, ceil(H / 4), ceil(W / 4), width]."""
-        x = Conv3x3Stride2(self.width // 2, **_types(self), name="conv1")(x)
+        x = Conv3x3Stride2(self.width // 2, **types(self), name="conv1")(x)
         if self.first_norm:
             x = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        x = Conv3x3Stride2(self.width, **_types(self), name="conv2")(activate(self.act, x))
+        x = Conv3x3Stride2(self.width, **types(self), name="conv2")(activate(self.act, x))
         return LayerNorm(dtype=self.dtype, name="norm2")(x)
 
 
@@ -74,7 +71,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, C] to [N, ceil(H / 2), ceil(W / 2), width]."""
-        conv = Conv3x3Stride2(self.width, **_types(self), name="conv")
+        conv = Conv3x3Stride2(self.width, **types(self), name="conv")
         norm = LayerNorm(dtype=self.dtype, name="norm")
         return conv(norm(x)) if self.norm_first else norm(conv(x))
 
@@ -103,10 +100,10 @@ class GatedCNNBlock(nn.Module):
         width = x.shape[-1]
         hidden, conv = int(self.expansion_ratio * width), int(self.conv_ratio * width)
         shortcut, x = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
-        g, i, c = SplitDense(hidden, conv, **_types(self), name="fc1")(x)
+        g, i, c = SplitDense(hidden, conv, **types(self), name="fc1")(x)
         c = self._mix(c, rank=-(-width // 16))
         x = gate_product(self.act, g, i, c)  # act(g) * concatenate(i, c)
-        x = MergeDense(width, hidden, conv, **_types(self), name="fc2")(x)
+        x = MergeDense(width, hidden, conv, **types(self), name="fc2")(x)
         if self.layer_scale is not None:
             init = nn.initializers.constant(self.layer_scale)
             scale = self.param("layer_scale", init, (width,))
@@ -118,13 +115,13 @@ class GatedCNNBlock(nn.Module):
     def _mix(self, x: jax.Array, rank: int) -> jax.Array:
         if self.token_mixer == "none":
             return x
-        conv = DepthwiseConv(self.kernel_size, self.depthwise, **_types(self), name="conv")
+        conv = DepthwiseConv(self.kernel_size, self.depthwise, **types(self), name="conv")
         x, directions = conv(x), scans(self.token_mixer)
         if not directions:
             return x
         x = activate(self.act, x)
         outputs = [
-            SSM(rank, reverse, **_types(self), name=name)(x) for name, reverse in directions.items()
+            SSM(rank, reverse, **types(self), name=name)(x) for name, reverse in directions.items()
         ]
         return sum(outputs[1:], outputs[0]) / len(outputs)
 
@@ -165,7 +162,7 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """[N, H, W, C] to float32 logits [N, num_classes]."""
         x = LayerNorm(dtype=self.dtype, name="norm1")(_global_mean(x))
-        x = activate("gelu", Dense(4 * x.shape[-1], **_types(self), name="fc1")(x))
+        x = activate("gelu", Dense(4 * x.shape[-1], **types(self), name="fc1")(x))
         if self.second_norm:
             x = LayerNorm(dtype=self.dtype, name="norm2")(x)
         x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
@@ -208,7 +205,7 @@ class MambaOut(nn.Module):
 
     def setup(self) -> None:
         """Builds the parts; the drop path rate rises linearly over the blocks of all stages."""
-        self.stem = Stem(self.widths[0], self.act, first_norm=not self.rw, **_types(self))
+        self.stem = Stem(self.widths[0], self.act, first_norm=not self.rw, **types(self))
         block_class = nn.remat(GatedCNNBlock, static_argnums=(2,)) if self.remat else GatedCNNBlock
         last_block = max(sum(self.depths) - 1, 1)
         mixers = stage_mixers(self.token_mixer, len(self.depths))
@@ -226,16 +223,16 @@ class MambaOut(nn.Module):
                     depthwise=self.depthwise,
                     token_mixer=mixers[index],
                     kernel_size=self.kernel_size,
-                    **_types(self),
+                    **types(self),
                 )
                 for j in range(depth)
             ]
-            downsample = Downsample(width, self.rw, **_types(self)) if index else None
+            downsample = Downsample(width, self.rw, **types(self)) if index else None
             stages.append(Stage(downsample, blocks))
         self.stages = stages
         if self.num_classes:
             self.head = Head(
-                self.num_classes, self.head_dropout_rate, second_norm=not self.rw, **_types(self)
+                self.num_classes, self.head_dropout_rate, second_norm=not self.rw, **types(self)
             )
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:

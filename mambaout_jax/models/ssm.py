@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mambaout_jax.models.layers import kernel_init
+from mambaout_jax.models.layers import kernel_init, types
 from mambaout_jax.ops import selective_scan, weighted
 
 STATE = 16  # numbers a channel
@@ -38,10 +38,9 @@ class SSM(nn.Module):
         tokens = x.reshape(shape[0], -1, channels)
         if self.reverse:
             tokens = tokens[:, ::-1]
-        types = {"dtype": self.dtype, "gradient_dtype": self.gradient_dtype}
-        projected = Projection(self.rank + 2 * STATE, **types, name="x_proj")(tokens)
+        projected = Projection(self.rank + 2 * STATE, **types(self), name="x_proj")(tokens)
         delta, b, c = jnp.split(projected, (self.rank, self.rank + STATE), axis=-1)
-        delta = StepSize(channels, **types, name="dt_proj")(delta)
+        delta = StepSize(channels, **types(self), name="dt_proj")(delta)
         a_log = self.param("a_log", _a_log_init, (channels, STATE))
         d = self.param("d", nn.initializers.ones_init(), (channels,))
         y = selective_scan(tokens, delta, -jnp.exp(a_log), b, c, d)

@@ -6,6 +6,7 @@ both. With full attention its place changes nothing, and the weights are timm's.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mambaout_jax.errors import UserError, did_you_mean
-from mambaout_jax.models.layers import Dense, LayerNorm, kernel_init
+from mambaout_jax.models.layers import Dense, LayerNorm, convolve, kernel_init, types
 from mambaout_jax.ops import activate, weighted
 from mambaout_jax.ops.sharded import on_mesh_of
 
@@ -25,10 +26,6 @@ VITS: dict[str, tuple[int, int]] = {
     "vit_small_patch16_224": (384, 6),
     "vit_base_patch16_224": (768, 12),
 }
-
-
-def _types(module: nn.Module) -> dict[str, Any]:
-    return {"dtype": module.dtype, "gradient_dtype": module.gradient_dtype}
 
 
 class PatchEmbed(nn.Module):
@@ -43,14 +40,8 @@ class PatchEmbed(nn.Module):
         """[N, H, W, 3] to [N, H / 16, W / 16, width]."""
         kernel = self.param("kernel", kernel_init, (PATCH, PATCH, x.shape[-1], self.width))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.width,))
-        return weighted(_embed, self.gradient_dtype, x.astype(self.dtype), kernel, bias)
-
-
-def _embed(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    layout = ("NHWC", "HWIO", "NHWC")
-    stride = (PATCH, PATCH)
-    y = jax.lax.conv_general_dilated(x, kernel, stride, "VALID", dimension_numbers=layout)
-    return y + bias.reshape(1, 1, 1, -1)
+        embed = functools.partial(convolve, stride=PATCH, padding="VALID")
+        return weighted(embed, self.gradient_dtype, x.astype(self.dtype), kernel, bias)
 
 
 class Attention(nn.Module):
@@ -65,10 +56,10 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, L, C] to [N, L, C]."""
         n, length, width = x.shape
-        qkv = Dense(3 * width, **_types(self), name="qkv")(x)
+        qkv = Dense(3 * width, **types(self), name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(n, length, 3, self.heads, -1), 2, 0)
         y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
-        return Dense(width, **_types(self), name="proj")(y.reshape(n, length, width))
+        return Dense(width, **types(self), name="proj")(y.reshape(n, length, width))
 
 
 class Block(nn.Module):
@@ -83,17 +74,17 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """[N, L, C] to [N, L, C]."""
-        types, width = _types(self), x.shape[-1]
+        width = x.shape[-1]
 
         def add(x: jax.Array, y: jax.Array) -> jax.Array:
             drop = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2))
             return x + drop(y, deterministic=not train)
 
         y = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        x = add(x, Attention(self.heads, self.causal, **types, name="attn")(y))
+        x = add(x, Attention(self.heads, self.causal, **types(self), name="attn")(y))
         y = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        y = activate("gelu", Dense(4 * width, **types, name="fc1")(y))
-        return add(x, Dense(width, **types, name="fc2")(y))
+        y = activate("gelu", Dense(4 * width, **types(self), name="fc1")(y))
+        return add(x, Dense(width, **types(self), name="fc2")(y))
 
 
 class ViT(nn.Module):
@@ -129,7 +120,7 @@ class ViT(nn.Module):
                 f"got {images.shape}: create the model with another image_size"
             )
         n, tokens = images.shape[0], (size // PATCH) ** 2
-        x = PatchEmbed(self.width, **_types(self), name="patch_embed")(images)
+        x = PatchEmbed(self.width, **types(self), name="patch_embed")(images)
         first = self.param("cls_token", kernel_init, (1, 1, self.width))
         position = self.param("pos_embed", kernel_init, (1, tokens + 1, self.width))
         first, position = on_mesh_of(x, first), on_mesh_of(x, position)
@@ -142,7 +133,7 @@ class ViT(nn.Module):
         causal = self.attention == "causal"
         for index in range(self.depth):
             rate = self.drop_path_rate * index / max(self.depth - 1, 1)
-            block = block_class(self.heads, causal, rate, **_types(self), name=f"blocks_{index}")
+            block = block_class(self.heads, causal, rate, **types(self), name=f"blocks_{index}")
             x = block(x, train)
         x = LayerNorm(dtype=self.dtype, name="norm")(x[:, -1]).astype(jnp.float32)
         if pooled or not self.num_classes:

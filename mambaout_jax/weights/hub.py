@@ -29,21 +29,33 @@ def fetch(name: str) -> Path:
     return download(f"{HUB_OWNER}/{name}", HUB_FILE)
 
 
-def download(repository: str, file: str, *, revision: str | None = None) -> Path:
+class MissingFileError(UserError):
+    """A repository has no such file, or, without a network, the cache has none."""
+
+
+def download(
+    repository: str, file: str, *, revision: str | None = None, token: str | None = None
+) -> Path:
     """Returns the local copy of a repository's file, downloaded if it is not cached.
 
     Args:
         repository: "owner/name".
         file: its name.
         revision: a branch, tag or commit; None is "main".
+        token: of the hub; None is huggingface_hub's.
 
     Raises:
-        UserError: the hub cannot be reached or refuses, or the file is missing or damaged.
+        MissingFileError: the file is not there.
+        UserError: the hub cannot be reached or refuses, or the file is damaged.
     """
-    path, error = _try(repository, file, revision)
-    if path is None:
+    try:
+        with silent_retries():
+            path = Path(hf_hub_download(repository, file, revision=revision, token=token))
+    except Exception as error:  # the network libraries' own, which differ between releases
+        kind = MissingFileError if isinstance(error, errors.EntryNotFoundError) else UserError
         # The traceback of the network libraries would hide the message.
-        raise UserError(_explain(error, repository, file, revision))
+        raise kind(_explain(error, repository, file, revision)) from None
+    _check(path)
     return path
 
 
@@ -57,23 +69,10 @@ def download_if_there(
     Raises:
         UserError: the hub refuses, or the file is damaged.
     """
-    path, error = _try(repository, file, revision, token)
-    if path is None and not isinstance(error, errors.EntryNotFoundError):
-        raise UserError(_explain(error, repository, file, revision))
-    return path
-
-
-def _try(
-    repository: str, file: str, revision: str | None, token: str | None = None
-) -> tuple[Path | None, Exception]:
-    """Returns the local copy of a file, or None and the error."""
     try:
-        with silent_retries():
-            path = Path(hf_hub_download(repository, file, revision=revision, token=token))
-    except Exception as error:  # the network libraries' own, which differ between releases
-        return None, error
-    _check(path)
-    return path, Exception()
+        return download(repository, file, revision=revision, token=token)
+    except MissingFileError:
+        return None
 
 
 @contextlib.contextmanager
@@ -114,7 +113,7 @@ def _explain(error: Exception, repository: str, file: str, revision: str | None)
             "set HF_TOKEN"
         )
     if isinstance(error, errors.HFValidationError):
-        return f"{repository!r} is no name of a repository: expected hf-hub:OWNER/NAME[@REVISION]"
+        return f"{repository!r} is not a repository name: expected hf-hub:OWNER/NAME[@REVISION]"
     return f"cannot download {repository}/{file} from {constants.ENDPOINT}: {first_line(error)}"
 
 

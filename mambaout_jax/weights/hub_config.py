@@ -31,7 +31,7 @@ def to_timm(info: WeightsInfo) -> dict[str, Any]:
         UserError: timm has no such network.
     """
     if info.model not in VARIANTS:
-        raise UserError(f"{info.model} is no MambaOut: expected one of {', '.join(VARIANTS)}")
+        raise UserError(f"{info.model} is not a MambaOut: expected one of {', '.join(VARIANTS)}")
     if not info.num_classes:
         raise UserError(
             f"these weights of {info.model} have no classes, and timm's network without classes "
@@ -82,7 +82,7 @@ def from_timm(config: Mapping[str, Any], source: str) -> WeightsInfo:
         source: how errors and the description name it.
 
     Raises:
-        UserError: the architecture is no MambaOut, or the config is damaged.
+        UserError: the architecture is not a MambaOut, or the config is damaged.
     """
     try:
         architecture = config["architecture"]
@@ -129,7 +129,7 @@ def _overrides(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
             overrides[fields[name]] = tuple(value) if isinstance(value, list) else value
         elif name not in _IGNORED:
             raise UserError(
-                f"{source} is a network with timm's option {name}={value!r}: expected none but "
+                f"{source} sets timm's option {name}={value!r}: the supported options are "
                 f"{', '.join(fields)}"
             )
     return overrides

@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
     """Returns the content of a JSON file.
 
     Raises:
-        UserError: it is none.
+        UserError: the file is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
