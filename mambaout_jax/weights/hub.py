@@ -29,33 +29,21 @@ def fetch(name: str) -> Path:
     return download(f"{HUB_OWNER}/{name}", HUB_FILE)
 
 
-class MissingFileError(UserError):
-    """A repository has no such file, or, without a network, the cache has none."""
-
-
-def download(
-    repository: str, file: str, *, revision: str | None = None, token: str | None = None
-) -> Path:
+def download(repository: str, file: str, *, revision: str | None = None) -> Path:
     """Returns the local copy of a repository's file, downloaded if it is not cached.
 
     Args:
         repository: "owner/name".
         file: its name.
         revision: a branch, tag or commit; None is "main".
-        token: of the hub; None is huggingface_hub's.
 
     Raises:
-        MissingFileError: the file is not there.
-        UserError: the hub cannot be reached or refuses, or the file is damaged.
+        UserError: the hub cannot be reached or refuses, or the file is missing or damaged.
     """
-    try:
-        with silent_retries():
-            path = Path(hf_hub_download(repository, file, revision=revision, token=token))
-    except Exception as error:  # the network libraries' own, which differ between releases
-        kind = MissingFileError if isinstance(error, errors.EntryNotFoundError) else UserError
+    path, error = _try(repository, file, revision)
+    if path is None:
         # The traceback of the network libraries would hide the message.
-        raise kind(_explain(error, repository, file, revision)) from None
-    _check(path)
+        raise UserError(_explain(error, repository, file, revision))
     return path
 
 
@@ -69,10 +57,23 @@ def download_if_there(
     Raises:
         UserError: the hub refuses, or the file is damaged.
     """
+    path, error = _try(repository, file, revision, token)
+    if path is None and not isinstance(error, errors.EntryNotFoundError):
+        raise UserError(_explain(error, repository, file, revision))
+    return path
+
+
+def _try(
+    repository: str, file: str, revision: str | None, token: str | None = None
+) -> tuple[Path | None, Exception]:
+    """Returns the local copy of a file, or None and the error."""
     try:
-        return download(repository, file, revision=revision, token=token)
-    except MissingFileError:
-        return None
+        with silent_retries():
+            path = Path(hf_hub_download(repository, file, revision=revision, token=token))
+    except Exception as error:  # the network libraries' own, which differ between releases
+        return None, error
+    _check(path)
+    return path, Exception()
 
 
 @contextlib.contextmanager
