@@ -1,6 +1,7 @@
 """Whole runs on real images: train, resume, evaluate, and every mistake a user can make."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from jax._src.array import ArrayImpl
 from mambaout_jax import config as configuration
 from mambaout_jax.errors import UserError
 from mambaout_jax.evaluate_run import evaluate_workdir
+from mambaout_jax.training import loop
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.recorder import Recorder, read_rows, wandb_id
 from mambaout_jax.weights.store import load_weights
@@ -144,6 +146,30 @@ def test_nothing_is_read_or_compiled_between_two_log_lines(tmp_path, monkeypatch
     assert counts[2] == counts[3] == counts[4] == counts[5]
     assert counts[7] == counts[8] == counts[9] == counts[10]
     assert counts[6][0] > counts[5][0], "the log line reads the losses"
+
+
+def test_a_batch_is_sent_before_the_step_ahead_of_it(tmp_path, monkeypatch):
+    events = []
+    send, compile_programs = loop.global_batch, loop.compile_programs
+
+    def sending(*args):
+        events.append("send")
+        return send(*args)
+
+    def compiling(*args):
+        programs = compile_programs(*args)
+
+        def step(*step_args):
+            events.append("step")
+            return programs.train_step(*step_args)
+
+        return dataclasses.replace(programs, train_step=step)
+
+    monkeypatch.setattr(loop, "global_batch", sending)
+    monkeypatch.setattr(loop, "compile_programs", compiling)
+    keys = {"schedule.duration": "4 steps", "schedule.warmup": "1 steps"}
+    small_run.train(small_config(**keys), tmp_path / "run")
+    assert events == ["send", "send", "step", "send", "step", "send", "step", "step"]
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The training loop: joins data, model, step, evaluation and checkpoints; nothing else does."""
 
+import collections
 import contextlib
 import logging
 import time
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 # Roles of the root key, which is made of the seed.
 INIT_KEY, TRAIN_KEY = 0, 1
+_BATCHES_SENT = 2  # to the devices when a step is dispatched, its own among them
 
 
 def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
@@ -179,8 +181,11 @@ def train_loop(run: Run, position: Position, programs: Programs, session: Sessio
     """Runs the steps that are left, with evaluations and saves, until the end or a stop request.
 
     Between two log lines nothing is read from the devices, and nothing else is computed on them.
+    A batch is sent to the devices before the step ahead of it is dispatched: on a GPU a copy waits
+    for all steps dispatched before it, because its memory may be one that they use.
     """
     steps, clock, progress = run.steps, session.clock, session.progress
+    sent: collections.deque[dict[str, jax.Array]] = collections.deque()
     with contextlib.closing(
         Profiler(session.workdir / "tensorboard", position.step, steps.profile)
     ) as profiler:
@@ -189,12 +194,14 @@ def train_loop(run: Run, position: Position, programs: Programs, session: Sessio
         first = position.step
         while position.step < steps.total and position.evaluated:
             with clock.waiting_for_batch():
-                batch = next_batch(run, session)
+                while len(sent) < min(_BATCHES_SENT, steps.total - position.step):
+                    batch = next_batch(run, session)
+                    inputs = {name: batch[name] for name in ("image", "label")}
+                    sent.append(global_batch(inputs, run.mesh))
             start = time.perf_counter()
             step = position.step + 1
-            inputs = global_batch({name: batch[name] for name in ("image", "label")}, run.mesh)
             with profiler.step(step):
-                position.state, metrics = programs.train_step(position.state, inputs)
+                position.state, metrics = programs.train_step(position.state, sent.popleft())
             position.step = step
             clock.dispatched(start, metrics["loss"])
             position.losses.push(step, metrics["loss"])

@@ -116,7 +116,7 @@ class Position:
     def data(self, run: Run) -> dict[str, Any]:
         """Returns what a checkpoint stores besides the state, as JSON."""
         return {
-            "batches": run.batches.state(),
+            "batches": run.batches.state() | {"step": self.step},  # more batches are made ahead
             "losses": self.losses.state(),
             "rows": list(self.rows),
             "evaluated": self.evaluated,
