@@ -150,7 +150,7 @@ def test_nothing_is_read_or_compiled_between_two_log_lines(tmp_path, monkeypatch
 
 def test_a_batch_is_sent_before_the_step_ahead_of_it(tmp_path, monkeypatch):
     events = []
-    send, compile_programs = loop.global_batch, loop.compile_programs
+    send, compile_programs = loop.global_batch, small_run.compile_once
 
     def sending(*args):
         events.append("send")
@@ -166,7 +166,7 @@ def test_a_batch_is_sent_before_the_step_ahead_of_it(tmp_path, monkeypatch):
         return dataclasses.replace(programs, train_step=step)
 
     monkeypatch.setattr(loop, "global_batch", sending)
-    monkeypatch.setattr(loop, "compile_programs", compiling)
+    monkeypatch.setattr(small_run, "compile_once", compiling)
     keys = {"schedule.duration": "4 steps", "schedule.warmup": "1 steps"}
     small_run.train(small_config(**keys), tmp_path / "run")
     assert events == ["send", "send", "step", "send", "step", "send", "step", "step"]
