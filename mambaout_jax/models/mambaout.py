@@ -26,6 +26,7 @@ from mambaout_jax.models.layers import (
     LayerNorm,
     MergeDense,
     SplitDense,
+    Weights,
     types,
 )
 from mambaout_jax.models.mixers import (
@@ -38,7 +39,7 @@ from mambaout_jax.models.mixers import (
 from mambaout_jax.models.ssm import SSM
 from mambaout_jax.models.variants import find_variant
 from mambaout_jax.models.vit import VITS, create_vit
-from mambaout_jax.ops import activate, gate_product, weighted
+from mambaout_jax.ops import activate, gate_product, gated_block, weighted
 
 
 class Stem(nn.Module):
@@ -81,6 +82,7 @@ class GatedCNNBlock(nn.Module):
 
     With an SSM after the convolution it is Mamba's block; `models.mixers` has the token mixers.
     `layer_scale` is the initial value of the factor on each channel of the branch; None for none.
+    `fused` computes a block in bfloat16 by `ops.gated_block`, where its token mixer allows it.
     """
 
     expansion_ratio: float = 8 / 3
@@ -91,6 +93,7 @@ class GatedCNNBlock(nn.Module):
     depthwise: str = "auto"
     token_mixer: str = TOKEN_MIXER
     kernel_size: int = KERNEL_SIZE
+    fused: bool = False
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -99,6 +102,12 @@ class GatedCNNBlock(nn.Module):
         """[N, H, W, C] to [N, H, W, C]."""
         width = x.shape[-1]
         hidden, conv = int(self.expansion_ratio * width), int(self.conv_ratio * width)
+        # Drop path is dropout of whole examples.
+        drop_path = nn.Dropout(
+            self.drop_path_rate, broadcast_dims=(1, 2, 3), deterministic=not train
+        )
+        if self.fused and self.dtype == jnp.bfloat16 and self.token_mixer == TOKEN_MIXER:
+            return self._fused(x, hidden, conv, drop_path)
         shortcut, x = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
         g, i, c = SplitDense(hidden, conv, **types(self), name="fc1")(x)
         c = self._mix(c, rank=-(-width // 16))
@@ -108,9 +117,30 @@ class GatedCNNBlock(nn.Module):
             init = nn.initializers.constant(self.layer_scale)
             scale = self.param("layer_scale", init, (width,))
             x = weighted(_scale, self.gradient_dtype, x, scale)
-        # Drop path is dropout of whole examples.
-        x = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2, 3))(x, deterministic=not train)
-        return shortcut + x
+        return shortcut + drop_path(x)
+
+    def _fused(self, x: jax.Array, hidden: int, conv: int, drop_path: nn.Dropout) -> jax.Array:
+        width, size = x.shape[-1], self.kernel_size
+        norm = Weights((width,), nn.initializers.ones_init(), "scale", name="norm")()
+        fc1 = Weights((width, 2 * hidden), name="fc1")()
+        taps = Weights((size, size, 1, conv), name="conv")()
+        kernel, bias = Weights((hidden, width), name="fc2")()
+        if self.layer_scale is not None:
+            init = nn.initializers.constant(self.layer_scale)
+            scale = self.param("layer_scale", init, (width,))
+            kernel, bias = kernel * scale[None], bias * scale
+        kept = drop_path(jnp.ones((x.shape[0], 1, 1, 1))).reshape(-1)
+        return gated_block(
+            x.astype(self.dtype),
+            kept,
+            norm,
+            fc1,
+            taps,
+            (kernel, bias),
+            act=self.act,
+            depthwise=self.depthwise,
+            gradient_dtype=self.gradient_dtype,
+        )
 
     def _mix(self, x: jax.Array, rank: int) -> jax.Array:
         if self.token_mixer == "none":
@@ -180,7 +210,7 @@ class MambaOut(nn.Module):
     `depthwise` names the implementation of the depthwise convolutions, see
     `mambaout_jax.ops.depthwise_conv2d`. `token_mixer` is one mixer, or one a stage with commas, see
     `models.mixers`; `kernel_size` is that of their convolutions. `remat` computes each block again
-    in the backward pass, to save memory.
+    in the backward pass, to save memory. `fused` is as in `GatedCNNBlock`; `on_platform` sets it.
 
     Raises:
         UserError: when the images are not [N, H, W, 3] with H and W of at least 32 pixels, or the
@@ -200,6 +230,7 @@ class MambaOut(nn.Module):
     depthwise: str = "auto"
     token_mixer: str = TOKEN_MIXER
     kernel_size: int = KERNEL_SIZE
+    fused: bool = False
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -223,6 +254,7 @@ class MambaOut(nn.Module):
                     depthwise=self.depthwise,
                     token_mixer=mixers[index],
                     kernel_size=self.kernel_size,
+                    fused=self.fused,
                     **types(self),
                 )
                 for j in range(depth)
@@ -317,3 +349,11 @@ def create_model(
     stage_mixers(model.token_mixer, len(model.depths))
     check_kernel_size(model.kernel_size)
     return model
+
+
+def on_platform(model: Any, platform: str) -> Any:
+    """Returns the model for programs of one platform, as `jax.Device.platform` names it.
+
+    On TPUs its blocks are fused. The parameters and what the model computes are the same.
+    """
+    return model.clone(fused=True) if platform == "tpu" and hasattr(model, "fused") else model
