@@ -21,9 +21,10 @@ _SUBLANES = 8
 _PACKED = 16  # rows of a packed bfloat16 register
 _ROWS = 512  # computed at once, of few channels
 _WIDE = 256  # channels from which on half as many are
-_BLOCK = 2048  # rows of a block, at most
+_MOVING = 4 * 2**20  # bytes of the blocks of maps in VMEM
+_TEMPORARIES = 5 * 2**20
 _COLUMNS = 256  # hidden channels computed at once
-_VMEM = 16 * 2**20  # what a kernel may use without being asked
+_VMEM = 16 * 2**20  # bytes that a kernel has without asking
 _EPSILON = 1e-6
 
 
@@ -117,7 +118,8 @@ def _tiled(scale: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _rows(pixels: int, channels: int) -> int:
-    """Returns how many rows are computed at once: a divisor of all pixels."""
+    """Returns how many rows are computed at once: a divisor of all, and of half of them if even."""
+    pixels = pixels // 2 if pixels % (2 * _PACKED) == 0 else pixels
     limit = _ROWS if channels < _WIDE else _ROWS // 2
     return max(rows for rows in range(_PACKED, limit + 1, _PACKED) if pixels % rows == 0)
 
@@ -134,50 +136,58 @@ def _call(
     """Calls a kernel over blocks of rows; it returns maps of the given channels, and sums."""
     pixels, channels = maps[0].shape
     rows = _rows(pixels, channels)
-    parts = [n for n in range(1, max(_BLOCK // rows, 1) + 1) if pixels // rows % n == 0]
-    block = rows * parts[-1]
+    cores = 2 if pixels // rows % 2 == 0 else 1  # v4 and v5p have two, with a sum each
+    parts = pixels // rows // cores
+    widths = [*(array.shape[1] for array in maps), *results]
+    row = 2 * maps[0].dtype.itemsize * sum(map(_lanes, widths))  # of two blocks of each map
+    most = max(_MOVING // (row * rows), 1)
+    block = rows * max(n for n in range(1, most + 1) if parts % n == 0)
+    blocks = pixels // cores // block
 
     def rows_of(width: int) -> pl.BlockSpec:
-        return pl.BlockSpec((block, width), lambda i: (i, 0))
+        return pl.BlockSpec((block, width), lambda core, i: (core * blocks + i, 0))
 
     def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda i: (0, 0))
+        return pl.BlockSpec(shape, lambda core, i: (0, 0), pipeline_mode=pl.Buffered(1))
 
-    moving = [_bytes((block, array.shape[1]), array.dtype) for array in maps]
-    moving += [_bytes((block, width), maps[0].dtype) for width in results]
-    resting = [_bytes(array.shape, array.dtype) for array in weights]
-    resting += [_bytes(shape, jnp.float32) for shape in sums]
-    needed = 2 * (sum(moving) + sum(resting)) + _VMEM // 2
-    return pl.pallas_call(
+    def sum_of(shape: tuple[int, ...]) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (None, *shape), lambda core, i: (core, 0, 0), pipeline_mode=pl.Buffered(1)
+        )
+
+    resting = [(array.shape, array.dtype.itemsize) for array in weights]
+    resting += [(shape, 4) for shape in sums]
+    needed = block * row + _TEMPORARIES
+    needed += sum(height * _lanes(width) * size for (height, width), size in resting)
+    outputs = pl.pallas_call(
         functools.partial(kernel, rows=rows),
-        grid=(pixels // block,),
+        grid=(cores, blocks),
         in_specs=[
             *(rows_of(array.shape[1]) for array in maps),
             *(whole(array.shape) for array in weights),
         ],
-        out_specs=[*map(rows_of, results), *map(whole, sums)],
+        out_specs=[*map(rows_of, results), *map(sum_of, sums)],
         out_shape=[
             *(jax.ShapeDtypeStruct((pixels, width), maps[0].dtype) for width in results),
-            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sums),
+            *(jax.ShapeDtypeStruct((cores, *shape), jnp.float32) for shape in sums),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary" if sums else "parallel",),
+            dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=needed if needed > _VMEM else None,
         ),
         name=name,
         interpret=interpret,
     )(*maps, *weights)
+    return [*outputs[: len(results)], *(part.sum(0) for part in outputs[len(results) :])]
 
 
-def _bytes(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
-    """Returns the bytes of a block in VMEM."""
-    height, width = shape
-    return -(-height // _SUBLANES) * _SUBLANES * -(-width // 128) * 128 * jnp.dtype(dtype).itemsize
+def _lanes(channels: int) -> int:
+    return -(-channels // 128) * 128
 
 
 def _each_part(ref, rows: int, body: Callable) -> None:
     """Calls body(rows' slice, index of its first row among all pixels) for the parts of a block."""
-    first = pl.program_id(0) * ref.shape[0]
+    first = (pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)) * ref.shape[0]
 
     @pl.loop(0, ref.shape[0] // rows)
     def _(part):
@@ -185,8 +195,8 @@ def _each_part(ref, rows: int, body: Callable) -> None:
         body(pl.ds(start, rows), first + start)
 
 
-def _clear_first(*refs) -> None:
-    @pl.when(pl.program_id(0) == 0)
+def _clear_before_first(*refs) -> None:
+    @pl.when(pl.program_id(1) == 0)
     def _():
         for ref in refs:
             ref[...] = jnp.zeros(ref.shape, ref.dtype)
@@ -244,7 +254,7 @@ def _norm_dense(x_ref, kernel_ref, bias_ref, y_ref, *, rows: int) -> None:
 def _norm_dense_gradient(
     x_ref, dx_ref, dy_ref, kernel_ref, out_ref, dkernel_ref, dbias_ref, *, rows: int
 ) -> None:
-    _clear_first(dkernel_ref, dbias_ref)
+    _clear_before_first(dkernel_ref, dbias_ref)
 
     def part(here, _):
         x, factor = _normalise(x_ref[here])
@@ -296,7 +306,7 @@ def _gated_gradient(
     dgate_ref, dgate_bias_ref, dvalue_ref, dvalue_bias_ref, dout_ref, dout_bias_ref = sums
     dtype = x_ref.dtype
     parts = _columns(out_kernel_ref.shape[1], conv_ref.shape[1])
-    _clear_first(*sums)
+    _clear_before_first(*sums)
 
     def part(here, first):
         x, factor = _normalise(x_ref[here])
