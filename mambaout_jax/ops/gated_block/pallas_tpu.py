@@ -8,6 +8,7 @@ summed over the grid, which is therefore sequential.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,6 +22,7 @@ _SUBLANES = 8
 _PACKED = 16  # rows of a packed bfloat16 register
 _ROWS = 512  # computed at once, of few channels
 _WIDE = 256  # channels from which on half as many are
+_LOOPED = 512  # channels from which on the hidden ones are computed in a loop
 _MOVING = 4 * 2**20  # bytes of the blocks of maps in VMEM
 _TEMPORARIES = 5 * 2**20
 _COLUMNS = 256  # hidden channels computed at once
@@ -159,6 +161,7 @@ def _call(
     resting += [(shape, 4) for shape in sums]
     needed = block * row + _TEMPORARIES
     needed += sum(height * _lanes(width) * size for (height, width), size in resting)
+    scratch = [pltpu.VMEM((rows, channels), jnp.float32)] if "gated" in name else []
     outputs = pl.pallas_call(
         functools.partial(kernel, rows=rows),
         grid=(cores, blocks),
@@ -171,6 +174,7 @@ def _call(
             *(jax.ShapeDtypeStruct((pixels, width), maps[0].dtype) for width in results),
             *(jax.ShapeDtypeStruct((cores, *shape), jnp.float32) for shape in sums),
         ],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=needed if needed > _VMEM else None,
@@ -233,13 +237,26 @@ def _sum_rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, _SUBLANES, x.shape[1]).sum(0)
 
 
-def _columns(hidden: int, conv: int) -> list[tuple[slice, bool]]:
-    """Returns the parts of the hidden channels, and whether the convolution's are in them."""
-    starts = [*range(0, conv, _COLUMNS), *range(conv, hidden, _COLUMNS)]
-    return [
-        (slice(start, stop), start < conv)
-        for start, stop in zip(starts, [*starts[1:], hidden], strict=True)
-    ]
+def _each_columns(hidden: int, conv: int, unrolled: bool, body: Callable) -> None:
+    """Calls body(columns' slice, whether the convolution's are in it) for all hidden channels.
+
+    Unrolled, the kernel is a little faster and its compilation several times as long.
+    """
+    for start, stop in ((0, conv), (conv, hidden)):
+        count, rest = divmod(stop - start, _COLUMNS)
+        has_conv = start < conv
+
+        def part(i, start=start, has_conv=has_conv):
+            first = pl.multiple_of(start + i * _COLUMNS, 128)
+            body(pl.ds(first, _COLUMNS), has_conv)
+
+        if unrolled:
+            for i in range(count):
+                body(slice(start + i * _COLUMNS, start + (i + 1) * _COLUMNS), has_conv)
+        else:
+            pl.loop(0, count)(part)
+        if rest:
+            body(slice(stop - rest, stop), has_conv)
 
 
 def _norm_dense(x_ref, kernel_ref, bias_ref, y_ref, *, rows: int) -> None:
@@ -280,19 +297,22 @@ def _scale(scale_ref, first, images: int, rows: int) -> jax.Array:
 
 
 def _gated(x_ref, conv_ref, scale_ref, *refs, rows: int, act: str, images: int) -> None:
-    *hidden_refs, out_kernel_ref, out_bias_ref, y_ref = refs
-    parts = _columns(out_kernel_ref.shape[1], conv_ref.shape[1])
+    *hidden_refs, out_kernel_ref, out_bias_ref, y_ref, acc_ref = refs
+    hidden, convolved = out_kernel_ref.shape[1], conv_ref.shape[1]
 
     def part(here, first):
         x = x_ref[here]
         normalised = _normalise(x)[0].astype(x.dtype)
-        y = out_bias_ref[...]
-        for columns, convolved in parts:
-            conv = conv_ref[here, columns] if convolved else None
+        acc_ref[...] = jnp.broadcast_to(out_bias_ref[...], acc_ref.shape)
+
+        def add(columns, has_conv):
+            conv = conv_ref[here, columns] if has_conv else None
             gate, value = _hidden(normalised, columns, conv, *hidden_refs)
             product = ACTIVATIONS_NEAR[act](gate)[0] * value
-            y = y + _dot_transposed(product.astype(x.dtype), out_kernel_ref[:, columns])
-        y = x.astype(jnp.float32) + y * _scale(scale_ref, first, images, rows)
+            acc_ref[...] += _dot_transposed(product.astype(x.dtype), out_kernel_ref[:, columns])
+
+        _each_columns(hidden, convolved, x.shape[1] < _LOOPED, add)
+        y = x.astype(jnp.float32) + acc_ref[...] * _scale(scale_ref, first, images, rows)
         y_ref[here] = y.astype(y_ref.dtype)
 
     _each_part(x_ref, rows, part)
@@ -301,11 +321,12 @@ def _gated(x_ref, conv_ref, scale_ref, *refs, rows: int, act: str, images: int) 
 def _gated_gradient(
     x_ref, conv_ref, dy_ref, scale_ref, *refs, rows: int, act: str, images: int
 ) -> None:
-    hidden_refs, (out_kernel_ref, dx_ref, dconv_ref), sums = refs[:4], refs[4:7], refs[7:]
+    hidden_refs, (out_kernel_ref, dx_ref, dconv_ref), sums = refs[:4], refs[4:7], refs[7:-1]
+    acc_ref = refs[-1]
     gate_ref, _, value_ref, _ = hidden_refs
     dgate_ref, dgate_bias_ref, dvalue_ref, dvalue_bias_ref, dout_ref, dout_bias_ref = sums
     dtype = x_ref.dtype
-    parts = _columns(out_kernel_ref.shape[1], conv_ref.shape[1])
+    hidden, convolved = out_kernel_ref.shape[1], conv_ref.shape[1]
     _clear_before_first(*sums)
 
     def part(here, first):
@@ -315,9 +336,10 @@ def _gated_gradient(
         dout_bias_ref[...] += _sum_rows(dy)
         x_rows, x_columns = x.astype(dtype), x.T.astype(dtype)
         dy_rows, dy_columns = dy.astype(dtype), dy.T.astype(dtype)
-        dx = jnp.zeros_like(x)
-        for columns, convolved in parts:
-            conv = conv_ref[here, columns] if convolved else None
+        acc_ref[...] = jnp.zeros(acc_ref.shape, acc_ref.dtype)
+
+        def add(columns, has_conv):
+            conv = conv_ref[here, columns] if has_conv else None
             gate, value = _hidden(x_rows, columns, conv, *hidden_refs)
             active, slope = ACTIVATIONS_NEAR[act](gate)
             dproduct = _dot(dy_rows, out_kernel_ref[:, columns])
@@ -326,12 +348,16 @@ def _gated_gradient(
             dgate_bias_ref[:, columns] += _sum_rows(dgate)
             dvalue_bias_ref[:, columns] += _sum_rows(dvalue)
             dgate, dvalue = dgate.astype(dtype), dvalue.astype(dtype)
-            if convolved:
+            if has_conv:
                 dconv_ref[here, columns] = dvalue
             dgate_ref[:, columns] += _dot(x_columns, dgate)
             dvalue_ref[:, columns] += _dot(x_columns, dvalue)
-            dx += _dot_transposed(dgate, gate_ref[:, columns])
-            dx += _dot_transposed(dvalue, value_ref[:, columns])
-        dx_ref[here] = (shortcut + _normalised_gradient(x, factor, dx)).astype(dtype)
+            acc_ref[...] += _dot_transposed(dgate, gate_ref[:, columns]) + _dot_transposed(
+                dvalue, value_ref[:, columns]
+            )
+
+        _each_columns(hidden, convolved, x.shape[1] < _LOOPED, add)
+        dx = shortcut + _normalised_gradient(x, factor, acc_ref[...])
+        dx_ref[here] = dx.astype(dtype)
 
     _each_part(x_ref, rows, part)
