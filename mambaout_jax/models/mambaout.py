@@ -39,7 +39,8 @@ from mambaout_jax.models.mixers import (
 from mambaout_jax.models.ssm import SSM
 from mambaout_jax.models.variants import find_variant
 from mambaout_jax.models.vit import VITS, create_vit
-from mambaout_jax.ops import activate, gate_product, gated_block, weighted
+from mambaout_jax.ops import activate, gate_product, gated_block, gated_block_vmem, weighted
+from mambaout_jax.ops.kernels import vmem
 
 
 class Stem(nn.Module):
@@ -82,7 +83,8 @@ class GatedCNNBlock(nn.Module):
 
     With an SSM after the convolution it is Mamba's block; `models.mixers` has the token mixers.
     `layer_scale` is the initial value of the factor on each channel of the branch; None for none.
-    `fused` computes a block in bfloat16 by `ops.gated_block`, where its token mixer allows it.
+    Blocks whose token mixer is the convolution, in bfloat16, are computed by `ops.gated_block`
+    where its kernels need at most `fused_vmem` MiB of a TPU's vector memory; 0 for none.
     """
 
     expansion_ratio: float = 8 / 3
@@ -93,7 +95,7 @@ class GatedCNNBlock(nn.Module):
     depthwise: str = "auto"
     token_mixer: str = TOKEN_MIXER
     kernel_size: int = KERNEL_SIZE
-    fused: bool = False
+    fused_vmem: int = 0
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -106,7 +108,8 @@ class GatedCNNBlock(nn.Module):
         drop_path = nn.Dropout(
             self.drop_path_rate, broadcast_dims=(1, 2, 3), deterministic=not train
         )
-        if self.fused and self.dtype == jnp.bfloat16 and self.token_mixer == TOKEN_MIXER:
+        fusable = self.dtype == jnp.bfloat16 and self.token_mixer == TOKEN_MIXER
+        if fusable and gated_block_vmem(width, hidden) <= self.fused_vmem * 2**20:
             return self._fused(x, hidden, conv, drop_path)
         shortcut, x = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
         g, i, c = SplitDense(hidden, conv, **types(self), name="fc1")(x)
@@ -210,7 +213,8 @@ class MambaOut(nn.Module):
     `depthwise` names the implementation of the depthwise convolutions, see
     `mambaout_jax.ops.depthwise_conv2d`. `token_mixer` is one mixer, or one a stage with commas, see
     `models.mixers`; `kernel_size` is that of their convolutions. `remat` computes each block again
-    in the backward pass, to save memory. `fused` is as in `GatedCNNBlock`; `on_platform` sets it.
+    in the backward pass, to save memory. `fused_vmem` is that of `GatedCNNBlock`; `on_device` sets
+    it.
 
     Raises:
         UserError: when the images are not [N, H, W, 3] with H and W of at least 32 pixels, or the
@@ -230,7 +234,7 @@ class MambaOut(nn.Module):
     depthwise: str = "auto"
     token_mixer: str = TOKEN_MIXER
     kernel_size: int = KERNEL_SIZE
-    fused: bool = False
+    fused_vmem: int = 0
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -254,7 +258,7 @@ class MambaOut(nn.Module):
                     depthwise=self.depthwise,
                     token_mixer=mixers[index],
                     kernel_size=self.kernel_size,
-                    fused=self.fused,
+                    fused_vmem=self.fused_vmem,
                     **types(self),
                 )
                 for j in range(depth)
@@ -351,9 +355,11 @@ def create_model(
     return model
 
 
-def on_platform(model: Any, platform: str) -> Any:
-    """Returns the model for programs of one platform, as `jax.Device.platform` names it.
+def on_device(model: Any, device: jax.Device) -> Any:
+    """Returns the model for programs that run on devices of this kind.
 
     On TPUs its blocks are fused. The parameters and what the model computes are the same.
     """
-    return model.clone(fused=True) if platform == "tpu" and hasattr(model, "fused") else model
+    if device.platform != "tpu" or not hasattr(model, "fused_vmem"):
+        return model
+    return model.clone(fused_vmem=vmem(device.device_kind))

@@ -26,6 +26,7 @@ from mambaout_jax.ops.lowering import Target, call_for_target
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts
 
 _LANES = 128
+_OTHER_VMEM = 9 * 2**20
 
 
 class BlockWeights(NamedTuple):
@@ -41,6 +42,12 @@ class BlockWeights(NamedTuple):
     conv_input: tuple[jax.Array, jax.Array]
     taps: jax.Array
     gated: tuple[jax.Array, ...]
+
+
+def gated_block_vmem(channels: int, hidden: int) -> int:
+    """Returns the bytes of vector memory that the largest kernel of a block needs, in bfloat16."""
+    kernels, gradients = 3 * 2, 3 * 4
+    return (kernels + gradients) * channels * (hidden + -hidden % _LANES) + _OTHER_VMEM
 
 
 def block_weights(norm: Any, fc1: Any, conv: Any, fc2: Any) -> BlockWeights:

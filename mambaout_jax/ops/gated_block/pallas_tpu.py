@@ -8,7 +8,6 @@ summed over the grid, which is therefore sequential.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -132,7 +131,7 @@ def _call(
     maps: Sequence[jax.Array],
     weights: Sequence[jax.Array],
     results: Sequence[int],
-    sums: Sequence[tuple[int, int]],
+    sums: Sequence[tuple[int, ...]],
     interpret: bool,
 ) -> Sequence[jax.Array]:
     """Calls a kernel over blocks of rows; it returns maps of the given channels, and sums."""

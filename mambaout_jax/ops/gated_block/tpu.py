@@ -30,8 +30,9 @@ def norm_dense_gradient(
 ) -> tuple[jax.Array, ...]:
     """Returns the gradients of `norm_dense`: dx plus that of x, and those of kernel and bias."""
     del bias
-    maps = (_to_rows(array) for array in (x, dx, dy))
-    dx, *gradients = pallas_tpu.norm_dense_gradient(*maps, kernel, interpret=interpret)
+    dx, *gradients = pallas_tpu.norm_dense_gradient(
+        _to_rows(x), _to_rows(dx), _to_rows(dy), kernel, interpret=interpret
+    )
     return _from_rows(dx, x), *gradients
 
 
