@@ -252,7 +252,7 @@ def _each_columns(hidden: int, conv: int, unrolled: bool, body: Callable) -> Non
         if unrolled:
             for i in range(count):
                 body(slice(start + i * _COLUMNS, start + (i + 1) * _COLUMNS), has_conv)
-        else:
+        elif count:
             pl.loop(0, count)(part)
         if rest:
             body(slice(stop - rest, stop), has_conv)
