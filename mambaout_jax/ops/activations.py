@@ -40,7 +40,7 @@ _TANH_COEFFICIENTS = (
 
 
 def _near_gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns `_gelu` with an error that rounding to bfloat16 hides, in a third of the operations.
+    """Returns `_gelu` with an error that rounding to bfloat16 hides, in fewer operations.
 
     The relative error is below 2^-13 for x > -3, and the absolute error below 3e-5 everywhere.
     """
