@@ -8,7 +8,8 @@ topology on the CPU (`pip install -e '.[plan]'`):
 - "estimate" is the compiler's own `estimated_cycles` of an operation, summed over the module. It
   has none for a Pallas call.
 - "counted" is, for each of our kernels, the VLIW bundles of its final schedule times the trips of
-  the loops around them. Branches count as always taken; waiting for memory counts nothing.
+  the loops around them, all branches taken, or the time of its transfers if that is longer: the
+  bytes of its arrays over the published bandwidth.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def report(plan: Plan) -> None:
         print(f"  {cycles / 1e6:10.2f} M  estimate  {part}")
     for kernel, calls in sorted(plan.program.kernels.items(), key=str):
         cycles = plan.kernels[kernel] * calls
-        print(f"  {cycles / 1e6:10.2f} M  counted   {calls} x {kernel.name} {kernel.shape}")
+        print(f"  {cycles / 1e6:10.2f} M  counted   {calls} x {kernel}")
     largest = max(
         [(operation.cycles, operation.name) for operation in plan.program.operations]
         + [(cycles, kernel.name) for kernel, cycles in plan.kernels.items()]

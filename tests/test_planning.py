@@ -60,7 +60,9 @@ SCHEDULE = """\
 
 def test_a_module_is_read():
     program = read_program(MODULE, parts=4)
-    kernel = Kernel("depthwise_convolution", (8, 8, 16, 48), "bf16")
+    operands = (("bf16", (8, 8, 16, 48)), ("f32", (49, 48)))
+    size = 2 * (2 * 8 * 8 * 16 * 128) + 4 * 49 * 128  # rows of 48 channels take 128 lanes
+    kernel = Kernel("depthwise_convolution", operands, size)
     assert program.operations == (
         Operation(3791, "fusion.7", "jit(train_step)/stages_0/blocks_0/fc2/dot_general"),
         Operation(20, "copy.1", ""),

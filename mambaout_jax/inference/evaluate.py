@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.data.preprocess import normalize
-from mambaout_jax.models.mambaout import MambaOut
+from mambaout_jax.models.mambaout import MambaOut, on_device
 from mambaout_jax.runtime.compilation import compiler_options
 from mambaout_jax.runtime.sharding import BATCH, global_batch, over_mesh
 
@@ -84,11 +84,13 @@ def compile_eval_step(
     classes: Sequence[int] | None = None,
 ) -> jax.stages.Wrapped:
     """Returns the jitted `eval_step` over the mesh; `shardings` are those of the parameters."""
+    device = mesh.devices.flat[0]
+    model = on_device(model, device)
     return jax.jit(
         over_mesh(eval_step, mesh, model=model, mean=mean, std=std, classes=classes),
         in_shardings=(shardings, NamedSharding(mesh, BATCH)),
         out_shardings=NamedSharding(mesh, P()),
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(device.platform),
     )
 
 

@@ -122,6 +122,20 @@ def _weights(module: nn.Module, inputs: int, features: int) -> tuple[jax.Array, 
     return kernel, module.param("bias", nn.initializers.zeros_init(), (features,))
 
 
+class Weights(nn.Module):
+    """The parameters of a layer, for a computation that spans several layers."""
+
+    shape: tuple[int, ...]
+    init: Any = kernel_init
+    kernel: str = "kernel"  # its name
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the kernel, and the bias of its last axis."""
+        kernel = self.param(self.kernel, self.init, self.shape)
+        return kernel, self.param("bias", nn.initializers.zeros_init(), self.shape[-1:])
+
+
 class DepthwiseConv(nn.Module):
     """Depthwise convolution with bias and stride 1; keeps height and width."""
 

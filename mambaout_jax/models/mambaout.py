@@ -26,6 +26,7 @@ from mambaout_jax.models.layers import (
     LayerNorm,
     MergeDense,
     SplitDense,
+    Weights,
     types,
 )
 from mambaout_jax.models.mixers import (
@@ -38,7 +39,8 @@ from mambaout_jax.models.mixers import (
 from mambaout_jax.models.ssm import SSM
 from mambaout_jax.models.variants import find_variant
 from mambaout_jax.models.vit import VITS, create_vit
-from mambaout_jax.ops import activate, gate_product, weighted
+from mambaout_jax.ops import activate, gate_product, gated_block, gated_block_vmem, weighted
+from mambaout_jax.ops.kernels import vmem
 
 
 class Stem(nn.Module):
@@ -81,6 +83,8 @@ class GatedCNNBlock(nn.Module):
 
     With an SSM after the convolution it is Mamba's block; `models.mixers` has the token mixers.
     `layer_scale` is the initial value of the factor on each channel of the branch; None for none.
+    Blocks whose token mixer is the convolution, in bfloat16, are computed by `ops.gated_block`
+    where its kernels need at most `fused_vmem` MiB of a TPU's vector memory; 0 for none.
     """
 
     expansion_ratio: float = 8 / 3
@@ -91,6 +95,7 @@ class GatedCNNBlock(nn.Module):
     depthwise: str = "auto"
     token_mixer: str = TOKEN_MIXER
     kernel_size: int = KERNEL_SIZE
+    fused_vmem: int = 0
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -99,6 +104,13 @@ class GatedCNNBlock(nn.Module):
         """[N, H, W, C] to [N, H, W, C]."""
         width = x.shape[-1]
         hidden, conv = int(self.expansion_ratio * width), int(self.conv_ratio * width)
+        # Drop path is dropout of whole examples.
+        drop_path = nn.Dropout(
+            self.drop_path_rate, broadcast_dims=(1, 2, 3), deterministic=not train
+        )
+        fusable = self.dtype == jnp.bfloat16 and self.token_mixer == TOKEN_MIXER
+        if fusable and gated_block_vmem(width, hidden) <= self.fused_vmem * 2**20:
+            return self._fused(x, hidden, conv, drop_path)
         shortcut, x = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
         g, i, c = SplitDense(hidden, conv, **types(self), name="fc1")(x)
         c = self._mix(c, rank=-(-width // 16))
@@ -108,9 +120,30 @@ class GatedCNNBlock(nn.Module):
             init = nn.initializers.constant(self.layer_scale)
             scale = self.param("layer_scale", init, (width,))
             x = weighted(_scale, self.gradient_dtype, x, scale)
-        # Drop path is dropout of whole examples.
-        x = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2, 3))(x, deterministic=not train)
-        return shortcut + x
+        return shortcut + drop_path(x)
+
+    def _fused(self, x: jax.Array, hidden: int, conv: int, drop_path: nn.Dropout) -> jax.Array:
+        width, size = x.shape[-1], self.kernel_size
+        norm = Weights((width,), nn.initializers.ones_init(), "scale", name="norm")()
+        fc1 = Weights((width, 2 * hidden), name="fc1")()
+        taps = Weights((size, size, 1, conv), name="conv")()
+        kernel, bias = Weights((hidden, width), name="fc2")()
+        if self.layer_scale is not None:
+            init = nn.initializers.constant(self.layer_scale)
+            scale = self.param("layer_scale", init, (width,))
+            kernel, bias = kernel * scale[None], bias * scale
+        kept = drop_path(jnp.ones((x.shape[0], 1, 1, 1))).reshape(-1)
+        return gated_block(
+            x.astype(self.dtype),
+            kept,
+            norm,
+            fc1,
+            taps,
+            (kernel, bias),
+            act=self.act,
+            depthwise=self.depthwise,
+            gradient_dtype=self.gradient_dtype,
+        )
 
     def _mix(self, x: jax.Array, rank: int) -> jax.Array:
         if self.token_mixer == "none":
@@ -180,7 +213,8 @@ class MambaOut(nn.Module):
     `depthwise` names the implementation of the depthwise convolutions, see
     `mambaout_jax.ops.depthwise_conv2d`. `token_mixer` is one mixer, or one a stage with commas, see
     `models.mixers`; `kernel_size` is that of their convolutions. `remat` computes each block again
-    in the backward pass, to save memory.
+    in the backward pass, to save memory. `fused_vmem` is that of `GatedCNNBlock`; `on_device` sets
+    it.
 
     Raises:
         UserError: when the images are not [N, H, W, 3] with H and W of at least 32 pixels, or the
@@ -200,6 +234,7 @@ class MambaOut(nn.Module):
     depthwise: str = "auto"
     token_mixer: str = TOKEN_MIXER
     kernel_size: int = KERNEL_SIZE
+    fused_vmem: int = 0
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -223,6 +258,7 @@ class MambaOut(nn.Module):
                     depthwise=self.depthwise,
                     token_mixer=mixers[index],
                     kernel_size=self.kernel_size,
+                    fused_vmem=self.fused_vmem,
                     **types(self),
                 )
                 for j in range(depth)
@@ -317,3 +353,13 @@ def create_model(
     stage_mixers(model.token_mixer, len(model.depths))
     check_kernel_size(model.kernel_size)
     return model
+
+
+def on_device(model: Any, device: jax.Device) -> Any:
+    """Returns the model for programs that run on devices of this kind.
+
+    On TPUs its blocks are fused. The parameters and what the model computes are the same.
+    """
+    if device.platform != "tpu" or not hasattr(model, "fused_vmem"):
+        return model
+    return model.clone(fused_vmem=vmem(device.device_kind))

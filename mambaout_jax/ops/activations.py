@@ -27,7 +27,35 @@ def _silu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
 
 
+# Coefficients of the even polynomial p with tanh(x p(x)) near erf(x / sqrt(2)) for |x| up to 4: the
+# largest relative error of GELU between -3 and 4 was minimised.
+_TANH_COEFFICIENTS = (
+    -3.612359474602948e-08,
+    1.9641147131864386e-06,
+    -3.550292307797506e-05,
+    -0.00012762946050928132,
+    0.03653069826356457,
+    0.797761615395044,
+)
+
+
+def _near_gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns `_gelu` with an error that rounding to bfloat16 hides, in fewer operations.
+
+    The relative error is below 2^-13 for x > -3, and the absolute error below 3e-5 everywhere.
+    """
+    square = jnp.minimum(x * x, 16.0)
+    polynomial = jnp.zeros_like(x)
+    for coefficient in _TANH_COEFFICIENTS:
+        polynomial = polynomial * square + coefficient
+    cumulative = 0.5 + 0.5 * jnp.tanh(x * polynomial)
+    density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return x * cumulative, cumulative + x * density
+
+
 _ACTIVATIONS: dict[str, Callable] = {"gelu": _gelu, "silu": _silu}
+# The same in few operations, for results that are rounded to bfloat16.
+ACTIVATIONS_NEAR: dict[str, Callable] = {"gelu": _near_gelu, "silu": _silu}
 
 
 def _with_derivative(act: str) -> Callable:

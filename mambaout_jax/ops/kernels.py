@@ -10,6 +10,16 @@ from mambaout_jax.ops.lowering import Target
 
 logger = logging.getLogger(__name__)
 
+# MiB of vector memory of a TPU core, by `jax.Device.device_kind`.
+_VMEM = {
+    "TPU v5 lite": 128,
+    "TPU v5e": 128,
+    "TPU v5": 64,
+    "TPU v5p": 64,
+    "TPU v6 lite": 128,
+    "TPU v6e": 128,
+}
+_LEAST_VMEM = 16
 _LEAST_CAPABILITY = (8, 0)  # of the GPUs that Pallas' Triton backend compiles for
 
 
@@ -58,6 +68,11 @@ def _compute_capability() -> tuple[int, int] | None:
         return None
     pairs = [device.compute_capability.split(".") for device in devices]
     return min((int(major), int(minor)) for major, minor in pairs)
+
+
+def vmem(device_kind: str) -> int:
+    """Returns the MiB of vector memory of a kind of TPU; of an unknown one, what each has."""
+    return _VMEM.get(device_kind, _LEAST_VMEM)
 
 
 @functools.cache

@@ -41,7 +41,7 @@ class Plan:
     total_steps: int
     memory: Memory
     program: Program
-    kernels: dict[Kernel, int]  # counted cycles of a call
+    kernels: dict[Kernel, int]  # cycles of a call: counted, or of its transfers if those are more
     lowering: float
     compilation: float
     processor: float  # seconds of all threads, in the compilation
@@ -108,6 +108,8 @@ def make_plan(config: ConfigDict, topology: str, examples: int) -> Plan:
     compiled_at, processor = time.perf_counter(), time.process_time() - processor
     program = read_program(str(compiled.as_text()), config.accumulate_steps)
     memory = _memory(compiled)
+    counted = count_kernels(program.kernels, topology)
+    bytes_per_cycle = generation.bandwidth / generation.clock
     return Plan(
         generation=generation,
         chips=mesh.size,
@@ -116,7 +118,10 @@ def make_plan(config: ConfigDict, topology: str, examples: int) -> Plan:
         total_steps=build_steps(config, steps_per_epoch).total,
         memory=memory,
         program=program,
-        kernels=count_kernels(program.kernels, topology),
+        kernels={
+            kernel: max(cycles, round(kernel.size / bytes_per_cycle))
+            for kernel, cycles in counted.items()
+        },
         lowering=compiling - started,
         compilation=compiled_at - compiling,
         processor=processor,

@@ -49,11 +49,15 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel of ours: its name, and its first map's shape and type."""
+    """A kernel of ours: its name, its operands' types and shapes, and the bytes of its arrays."""
 
     name: str
-    shape: tuple[int, ...]
-    dtype: str
+    operands: tuple[tuple[str, tuple[int, ...]], ...]
+    size: int
+
+    def __str__(self) -> str:
+        """Returns the name and the first map's shape."""
+        return f"{self.name} {self.operands[0][1]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +81,33 @@ def read_program(text: str, parts: int = 1) -> Program:
         for line in _body(text, computation):
             name = re.match(r"\s+(?:ROOT )?%([\w.-]+) = ", line)
             if name and 'custom_call_target="tpu_custom_call"' in line:
-                operands = line[line.index("operand_layout_constraints") :]
-                dtype, sizes = _match(r"(bf16|f32)\[([\d,]+)\]", operands)
-                shape = tuple(int(size) for size in sizes.split(","))
-                kernels[Kernel(re.sub(r"[.\d]+$", "", name[1]), shape, dtype)] += trips
+                kernels[_read_kernel(re.sub(r"[.\d]+$", "", name[1]), line)] += trips
             elif name and (cycles := re.search(r'"estimated_cycles":"(\d+)"', line)):
                 scope = re.search(r'op_name="([^"]*)"', line)
                 scope_name = scope[1] if scope else ""
                 operations.append(Operation(int(cycles[1]) * trips, name[1], scope_name))
     return Program(tuple(operations), kernels, _read_collectives(text, loops))
+
+
+def _read_kernel(name: str, line: str) -> Kernel:
+    (results,) = _match(r" = (.*?) custom-call\(", line)
+    operands = _shapes(line[line.index("operand_layout_constraints") :].split("}}")[0])
+    # All operands of a depthwise kernel but the last are one array, of which each reads other rows.
+    arrays = (operands[0], operands[-1]) if name.startswith("depthwise") else operands
+    return Kernel(name, operands, sum(_tiled_size(*a) for a in (*arrays, *_shapes(results))))
+
+
+def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple(
+        (dtype, tuple(int(size) for size in sizes.split(",") if size))
+        for dtype, sizes in re.findall(r"(bf16|f32)\[([\d,]*)\]", text)
+    )
+
+
+def _tiled_size(dtype: str, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of an array whose last axis is padded to whole registers of 128 lanes."""
+    *others, channels = shape
+    return _BYTES[dtype] * math.prod(others) * -(-channels // 128) * 128
 
 
 def _body(text: str, computation: str) -> list[str]:

@@ -1,10 +1,11 @@
 """Cycles of a Pallas call: XLA estimates none, so its final schedule is counted."""
 
 import functools
+import math
 import multiprocessing
 import re
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mambaout_jax.models.layers import DepthwiseConv
 from mambaout_jax.ops.depthwise import pallas_tpu
+from mambaout_jax.ops.gated_block import pallas_tpu as gated_block
 from mambaout_jax.planning.program import Kernel
 from mambaout_jax.planning.topology import load_compiler, slice_devices
 
@@ -23,6 +25,8 @@ _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?P<label>[A-Z]{2})?\s*:\s*[> ]*\{
 _LOOP_TEST = re.compile(
     r"%(\w+) = scmp\.ge\.s32\.totalorder (?:\(!?%\w+\), )?%\w+, (\d+) /\* loop exit test"
 )
+_DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+_IMAGES = 16
 _DELAY = 4  # bundles that a branch still runs after its own
 
 
@@ -77,20 +81,39 @@ def _count_kernels(kernels: Iterable[Kernel], topology: str) -> dict[Kernel, int
 
 
 def _count(kernel: Kernel, device: Any, dumps: Path) -> int:
-    size, sharding = DepthwiseConv.kernel_size, SingleDeviceSharding(device)
-    dtype = {"bf16": jnp.bfloat16, "f32": jnp.float32}[kernel.dtype]
-    x = jax.ShapeDtypeStruct(kernel.shape, dtype, sharding=sharding)
-    if kernel.name == "depthwise_convolution":
-        function = pallas_tpu.convolve
-        taps = (size, size, 1, kernel.shape[-1])
-        second = jax.ShapeDtypeStruct(taps, jnp.float32, sharding=sharding)
-    else:
-        function = functools.partial(pallas_tpu.filter_gradient, size=size)
-        second = x
+    sharding = SingleDeviceSharding(device)
+    function, operands = _rebuild(kernel)
     before = set(dumps.iterdir())
-    jax.jit(function).lower(x, second).compile()
+    jax.jit(function).lower(
+        *(
+            jax.ShapeDtypeStruct(shape, _DTYPES[dtype], sharding=sharding)
+            for dtype, shape in operands
+        )
+    ).compile()
     schedule = re.compile(rf"\d+-{kernel.name}[.\d]*-\d+-final_bundles.txt")
     paths = [path for path in set(dumps.iterdir()) - before if schedule.fullmatch(path.name)]
     if len(paths) != 1:
         raise ValueError(f"libtpu wrote {len(paths)} schedules of {kernel}, not one")
     return count_cycles(paths[0].read_text(errors="replace"))
+
+
+def _rebuild(kernel: Kernel) -> tuple[Callable, list[tuple[str, tuple[int, ...]]]]:
+    """Returns a function that calls the kernel, and its arguments' types and shapes."""
+    first, *_, last = kernel.operands
+    if kernel.name == "depthwise_convolution":
+        taps, channels = last[1]
+        size = math.isqrt(taps)
+        return pallas_tpu.convolve, [first, ("f32", (size, size, 1, channels))]
+    if kernel.name == "depthwise_filter_gradient":
+        size = DepthwiseConv.kernel_size
+        return functools.partial(pallas_tpu.filter_gradient, size=size), [first, first]
+    if found := re.fullmatch(r"block_gated_([a-z]+?)(_gradient)?", kernel.name):
+        maps = 3 if found[2] else 2
+        # The kernel's operand has the images' factors repeated; their number hardly matters.
+        images = ("f32", (_IMAGES,))
+        function = gated_block.gated_gradient if found[2] else gated_block.gated
+        weights = list(kernel.operands[maps + 1 :])
+        bias = [("f32", (1, first[1][1]))] if found[2] else []
+        operands = [*kernel.operands[:maps], images, *weights, *bias]
+        return functools.partial(function, act=found[1]), operands
+    return getattr(gated_block, kernel.name.removeprefix("block_")), list(kernel.operands)

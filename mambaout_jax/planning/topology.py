@@ -29,22 +29,23 @@ class Generation:
     """What is published of a generation, a chip, but for the memory.
 
     `clock` in Hz follows from the published peak: multiply-adds of its matrix units a cycle, two
-    operations each. `memory` is what libtpu lets a program have, GiB. `links` is the published
-    bandwidth between chips, bytes/s.
+    operations each. `memory` is what libtpu lets a program have, GiB. `bandwidth` is the published
+    bandwidth of the memory, and `links` that between chips, bytes/s.
     """
 
     clock: float
     memory: float
+    bandwidth: float
     links: float
     shapes: tuple[str, ...]
     options: tuple[tuple[str, str], ...] = ()
 
 
 GENERATIONS = {
-    "v4": Generation(1.05e9, 30.75, 300e9, _CUBES, (("chip_config_name", "megacore"),)),
-    "v5e": Generation(1.5e9, 15.75, 200e9, _FLAT),
-    "v5p": Generation(1.75e9, 95.73, 600e9, _CUBES),
-    "v6e": Generation(1.75e9, 31.24, 448e9, _FLAT),
+    "v4": Generation(1.05e9, 30.75, 1228e9, 300e9, _CUBES, (("chip_config_name", "megacore"),)),
+    "v5e": Generation(1.5e9, 15.75, 819e9, 200e9, _FLAT),
+    "v5p": Generation(1.75e9, 95.73, 2765e9, 600e9, _CUBES),
+    "v6e": Generation(1.75e9, 31.24, 1640e9, 448e9, _FLAT),
 }
 
 

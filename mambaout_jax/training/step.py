@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mambaout_jax.models.mambaout import MambaOut
+from mambaout_jax.models.mambaout import MambaOut, on_device
 from mambaout_jax.runtime.compilation import compiler_options
 from mambaout_jax.runtime.sharding import BATCH, over_mesh
 from mambaout_jax.training.mixing import Mixing, augment_batch
@@ -188,6 +188,8 @@ def compile_train_step(
     takes several times as long.
     """
     replicated = NamedSharding(mesh, P())
+    device = mesh.devices.flat[0]
+    model = on_device(model, device)
 
     @functools.wraps(train_step)  # the planner finds the loop over parts by the program's name
     def step(state: TrainState, batch: Batch, key_data: jax.Array) -> Any:
@@ -199,5 +201,5 @@ def compile_train_step(
         in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(device.platform),
     )
