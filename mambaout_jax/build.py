@@ -20,9 +20,9 @@ from mambaout_jax.models.vit import VITS
 from mambaout_jax.runtime.processes import all_or_none, check_alike
 from mambaout_jax.runtime.sharding import check_batch, make_mesh
 from mambaout_jax.training.optimizer import make_optimizer
+from mambaout_jax.training.recipe import Recipe
 from mambaout_jax.training.run import Run, Steps
 from mambaout_jax.training.schedule import CosineSchedule
-from mambaout_jax.training.step import Recipe
 
 logger = logging.getLogger(__name__)
 

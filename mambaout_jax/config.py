@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from mambaout_jax.errors import UserError, did_you_mean
 from mambaout_jax.models.vit import ATTENTIONS
+from mambaout_jax.training.classification import LOSSES
 from mambaout_jax.training.mixing import check_group
 from mambaout_jax.training.optimizer import OPTIMIZERS
-from mambaout_jax.training.step import LOSSES
 
 # Prefixes of the keys that a resumed run may change: where and how fast it runs, not what it
 # computes. skip_bad_batches is a key of older runs.

@@ -10,12 +10,14 @@ their new values into the collection "batch_stats", and `training.step` writes t
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mambaout_jax.models.layers import LayerNorm, convolve, types
 from mambaout_jax.ops import weighted
@@ -60,6 +62,12 @@ def resize(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
     if x.shape[1:3] == size:
         return x
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "bilinear", antialias=False)
+
+
+def running_statistics(params: Any) -> dict[str, Any]:
+    """Returns the tree of the running statistics in a tree of parameters; {} without any."""
+    flat = flatten_dict(params) if isinstance(params, Mapping) else {}
+    return unflatten_dict({path: x for path, x in flat.items() if path[-1] in STATISTICS})
 
 
 class BatchNorm(nn.Module):

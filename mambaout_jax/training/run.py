@@ -13,10 +13,11 @@ from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.models.mixers import mixer_options
 from mambaout_jax.training.metrics import LossMeter
+from mambaout_jax.training.recipe import Recipe
 from mambaout_jax.training.recorder import Row
 from mambaout_jax.training.schedule import CosineSchedule
 from mambaout_jax.training.state import TrainState, init_params, init_state
-from mambaout_jax.training.step import Recipe
+from mambaout_jax.training.task import TASKS, Task
 from mambaout_jax.weights.info import WeightsInfo
 
 
@@ -79,6 +80,11 @@ class Run:
     record: Mapping[str, Any]
     free_keys: Sequence[str]
     added_keys: Mapping[str, Any]
+
+    @property
+    def task(self) -> Task:
+        """What the run learns."""
+        return TASKS[self.recipe.task]
 
     def initial_state(self, key: jax.Array, params: Any = None) -> TrainState:
         """Returns the state before the first step, with new parameters or these. Traceable."""
