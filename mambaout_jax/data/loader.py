@@ -112,14 +112,14 @@ class TrainBatches(Iterator[Batch]):
         self._ahead: BatchesAhead | SyntheticBatches | None = None
         self._open_at: Callable[[int], BatchesAhead | SyntheticBatches]
         if isinstance(source, SyntheticSource):
-            size = (augmentation.image_size, augmentation.image_size)
             self.made_by = "random images in memory"
-            self._open_at = functools.partial(SyntheticBatches, source, size, share, seed)
+            arrays = augmentation.arrays
+            self._open_at = functools.partial(SyntheticBatches, source, arrays, share, seed)
             return
-        transform = augment.TrainTransform(augmentation, loader.backend)
+        make = augmentation.examples(source, loader.backend)
         options = parallel.choose(loader.workers, loader.threads)
-        self.made_by = f"{transform.made_by} in {options}"
-        maker = examples.TrainingMaker(source, order, transform, self._limit, share)
+        self.made_by = f"{make.made_by} in {options}"
+        maker = examples.TrainingMaker(source, order, make, self._limit, share)
         self._open_at = functools.partial(BatchesAhead, maker, options)
 
     def __next__(self) -> Batch:
@@ -250,24 +250,29 @@ class EvalBatches:
         self.num_classes = source.num_classes
         self.class_names = source.class_names
         self.name = source.name
-        self._length = -(-self.num_examples // batch_size)
         local_batch = parallel.share(batch_size, process_count, "eval.batch_size")
         share = examples.Share(batch_size, process_index * local_batch, local_batch)
-        self._open: Callable[[int, int], BatchesAhead | SyntheticBatches]
-        if isinstance(source, SyntheticSource):
-            self._open = functools.partial(
-                SyntheticBatches, source, preprocessing.shape, share, _SEED_OF_EVALUATION
-            )
-        else:
-            images = self.num_examples // process_count
+        # For each group, what opens its batches, and how many there are.
+        self._groups: list[tuple[Callable[[int, int], BatchesAhead | SyntheticBatches], int]] = []
+        for group in preprocessing.groups(source):
+            length = -(-len(group.indices) // batch_size)
+            if isinstance(source, SyntheticSource):
+                arrays = group.examples.arrays
+                made = functools.partial(
+                    SyntheticBatches, source, arrays, share, _SEED_OF_EVALUATION
+                )
+                self._groups.append((made, length))
+                continue
+            images = len(group.indices) // process_count
             options = parallel.choose(loader.workers, loader.threads, images)
-            maker = examples.EvaluationMaker(source, preprocessing, share)
-            self._open = functools.partial(BatchesAhead, maker, options)
+            maker = examples.EvaluationMaker(source, group, share)
+            self._groups.append((functools.partial(BatchesAhead, maker, options), length))
 
     def __len__(self) -> int:
-        return self._length
+        return sum(length for _, length in self._groups)
 
     def __iter__(self) -> Iterator[Batch]:
-        with contextlib.closing(self._open(0, self._length)) as ahead:
-            for batch, _ in ahead:
-                yield batch
+        for open_at, length in self._groups:
+            with contextlib.closing(open_at(0, length)) as ahead:
+                for batch, _ in ahead:
+                    yield batch

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from mambaout_jax.data.buffers import Batch
+from mambaout_jax.data.buffers import Arrays, Batch
 from mambaout_jax.data.chunks import Damages
 from mambaout_jax.data.examples import Share
 from mambaout_jax.data.records import Record, Source
@@ -50,7 +50,7 @@ class SyntheticBatches:
     def __init__(
         self,
         source: SyntheticSource,
-        shape: tuple[int, int],
+        arrays: Arrays,
         share: Share,
         seed: int,
         first: int,
@@ -60,7 +60,7 @@ class SyntheticBatches:
 
         Args:
           source: how many images and classes there are.
-          shape: (height, width) of an image.
+          arrays: "image" and "label" of an example.
           share: of the process in each batch.
           seed: of the pixels and the labels.
           first: number of the first batch.
@@ -68,8 +68,9 @@ class SyntheticBatches:
         """
         rng = np.random.default_rng((seed, share.first))
         rows = share.rows + _SHIFTS
-        self._images = rng.integers(0, 256, (rows, *shape, 3), np.uint8)
-        self._labels = rng.integers(source.num_classes, size=rows, dtype=np.int32)
+        (_, image, _), (_, label, dtype) = arrays
+        self._images = rng.integers(0, 256, (rows, *image), np.uint8)
+        self._labels = rng.integers(source.num_classes, size=(rows, *label), dtype=np.dtype(dtype))
         self._length = len(source)
         self._share = share
         self._next = first
