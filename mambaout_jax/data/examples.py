@@ -125,6 +125,35 @@ class EvaluationGroup:
     examples: EvaluationExamples
 
 
+class Augmentation(Protocol):
+    """A task's options for training examples."""
+
+    @property
+    def arrays(self) -> Arrays:
+        """The arrays of an example."""
+
+    def examples(self, source: Source, backend: str) -> TrainingExamples:
+        """Returns what makes the examples of a source.
+
+        Args:
+          source: of the task's records.
+          backend: see `backends.open_backend`.
+
+        Raises:
+          UserError: the backend cannot be used, or an option is wrong.
+        """
+
+
+class Preprocessing(Protocol):
+    """A task's options for evaluation examples."""
+
+    def groups(self, source: Source) -> list[EvaluationGroup]:
+        """Returns the examples of a source, in groups of the same shapes.
+
+        Every process must return the same groups.
+        """
+
+
 class TrainingMaker:
     """Makes a process's training batches. See `chunks.Maker`.
 

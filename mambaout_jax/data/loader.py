@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 
-from mambaout_jax.data import augment, examples, parallel, preprocess, sources
+from mambaout_jax.data import examples, parallel, sources
 from mambaout_jax.data.buffers import Batch
 from mambaout_jax.data.chunks import Damage, Damages
 from mambaout_jax.data.order import Order
@@ -43,7 +43,8 @@ class TrainBatches(Iterator[Batch]):
 
     Each is {"image": uint8 [b, H, W, 3], "label": int32 [b], "replaced": bool [b]}, where b is the
     process's share of `batch_size`: process p has the rows p*b to (p+1)*b of the global batch.
-    "replaced" marks images that replace an undecodable one.
+    "replaced" marks images that replace an undecodable one. For segmentation, "label" is uint8
+    [b, H, W], see `segmentation.augment`.
 
     Attributes:
       steps_per_epoch: whole batches in the dataset, each image taken `repeats` times.
@@ -56,7 +57,7 @@ class TrainBatches(Iterator[Batch]):
     def __init__(
         self,
         dataset: sources.Dataset,
-        augmentation: augment.Augmentation,
+        augmentation: examples.Augmentation,
         *,
         batch_size: int,
         seed: int,
@@ -71,7 +72,7 @@ class TrainBatches(Iterator[Batch]):
 
         Args:
           dataset: its `train_split` is read.
-          augmentation: of each image.
+          augmentation: of each image, such as `augment.Augmentation`.
           batch_size: images in a global batch.
           seed: of order and augmentation.
           repeats: of each image in an epoch; 1: none.
@@ -209,7 +210,8 @@ class EvalBatches:
     """The evaluation images, each exactly once over all processes; may be iterated again.
 
     Each batch is {"image": uint8 [b, H, W, 3], "label": int32 [b, *label_shape], "mask": bool [b]};
-    False in the mask marks padding. Every process has the same number of batches of the same shape.
+    False in the mask marks padding. Every process has the same number of batches of the same
+    shapes. For segmentation there are other arrays and several shapes, see `segmentation.whole`.
 
     Attributes:
       name: of the dataset and split.
@@ -221,7 +223,7 @@ class EvalBatches:
     def __init__(
         self,
         dataset: sources.Dataset | sources.Source,
-        preprocessing: preprocess.Preprocessing,
+        preprocessing: examples.Preprocessing,
         *,
         batch_size: int,
         loader: LoaderOptions,
@@ -232,7 +234,7 @@ class EvalBatches:
 
         Args:
           dataset: its `eval_split` is read, or the source itself.
-          preprocessing: of each image.
+          preprocessing: of each image, such as `preprocess.Preprocessing`.
           batch_size: images in a global batch.
           loader: processes and threads.
           process_index: this process's number.
