@@ -37,8 +37,8 @@ def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         saturation = _linear(rng.uniform(*_SATURATION), 0.0)
         image = _in_hsv(image, _SAME + saturation + _SAME)
     if _coin(rng):
-        turned = np.arange(256) + round(int(rng.integers(-_HUE, _HUE)) * 256 / 180)
-        image = _in_hsv(image, bytes(turned % 256) + _SAME * 2)
+        turn = round(int(rng.integers(-_HUE, _HUE)) * 256 / 180) % 256
+        image = _in_hsv(image, _SAME[turn:] + _SAME[:turn] + _SAME * 2)
     return _contrast(image, rng) if contrast_last else image
 
 
