@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
+from mambaout_jax.data.segmentation import drawing
 from mambaout_jax.errors import UserError
-from mambaout_jax.inference import mask_images
 from mambaout_jax.inference.segmentation import (
     class_table,
     confusion,
@@ -154,7 +154,7 @@ def test_an_evaluation_without_labels_is_an_error():
 
 
 def test_the_palette_is_that_of_pascal_voc():
-    colours = mask_images.palette(255)
+    colours = drawing.palette(255)
     assert colours[:4].tolist() == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
     assert colours[19].tolist() == [0, 64, 128]  # the monitor of VOC
     assert len({tuple(colour) for colour in colours.tolist()}) == 255
@@ -162,7 +162,7 @@ def test_the_palette_is_that_of_pascal_voc():
 
 def test_palette_files_keep_the_labels(tmp_path):
     labels = np.array([[0, 1, 255], [2, 3, 4]], np.uint8)
-    mask_images.palette_image(labels, 5).save(tmp_path / "mask.png")
+    drawing.palette_image(labels, 5).save(tmp_path / "mask.png")
     image = Image.open(tmp_path / "mask.png")
     assert image.mode == "P"
     np.testing.assert_array_equal(np.asarray(image), labels)
@@ -173,9 +173,9 @@ def test_palette_files_keep_the_labels(tmp_path):
 def test_overlays_are_half_the_image_and_half_the_colour():
     image = np.full((2, 3, 3), 100, np.uint8)
     labels = np.array([[0, 1, 255], [1, 1, 1]], np.uint8)
-    over = mask_images.overlay(image, labels, 2)
+    over = drawing.overlay(image, labels, 2)
     np.testing.assert_array_equal(over[0], [[114, 50, 50], [50, 114, 50], [100, 100, 100]])
-    panel = mask_images.panel(image, labels, labels, 2)
+    panel = drawing.panel(image, labels, labels, 2)
     assert panel.shape == (2, 9, 3)
     np.testing.assert_array_equal(panel[:, :3], image)
     np.testing.assert_array_equal(panel[:, 6:], over)
