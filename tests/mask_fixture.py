@@ -65,7 +65,7 @@ with tfds.core.registered.skip_registration():
             super().__init__(**options)
 
         def _info(self):
-            mask = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
+            mask = tfds.features.Image(encoding_format="png")  # as in TFDS's scene_parse150
             if self.names:
                 mask = tfds.features.LabeledImage(
                     labels=self.names, shape=(None, None, 1), encoding_format="png"

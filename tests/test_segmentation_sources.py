@@ -151,8 +151,12 @@ GREY = values(0, SIZES[0])
     [
         (png(GREY[1:]), UserError, r"00.png has 96 x 63 pixels, and its image .*00.jpg 96 x 64"),
         (png(GREY + 2), UserError, r"00.png has the label 7, but the 5 classes are 1 to 5"),
-        (png(GREY.astype(np.uint16)), UserError, r"00.png has 16 bits: expected a PNG"),
-        (png(np.repeat(GREY[..., None], 3, 2)), UserError, r"00.png has mode RGB: expected a PNG"),
+        (png(GREY.astype(np.uint16)), UserError, r"00.png has 16 bits or more: expected one ch"),
+        (
+            png(np.repeat(GREY[..., None], 3, 2)),
+            UserError,
+            r"00.png has mode RGB: expected one channel",
+        ),
         (png(GREY)[:60], BadImageError, r"00.png cannot be decoded"),
         (b"", BadImageError, r"00.png cannot be decoded \(not an image\)"),
     ],

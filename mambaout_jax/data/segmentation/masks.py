@@ -93,10 +93,10 @@ def decode(record: Record, labels: MaskLabels) -> tuple[Image.Image, np.ndarray]
     with decoding.errors(name), Image.open(io.BytesIO(file_bytes)) as mask:
         mask.load()
     if mask.mode not in _ONE_CHANNEL:
-        found = "16 bits" if mask.mode.startswith("I") else f"mode {mask.mode}"
+        found = "16 bits or more" if mask.mode[0] in "IF" else f"mode {mask.mode}"
         raise UserError(
-            f"the mask {name} has {found}: expected a PNG file of one channel of 8 bits, whose "
-            f"values are the labels of classes"
+            f"the mask {name} has {found}: expected one channel of 8 bits, the labels of classes "
+            f"(masks of instances, as in TFDS's scene_parse150, have none)"
         )
     if mask.size != image.size:
         raise UserError(
