@@ -22,7 +22,7 @@ from mambaout_jax.runtime.sharding import check_batch, make_mesh
 from mambaout_jax.training.optimizer import make_optimizer
 from mambaout_jax.training.recipe import Recipe
 from mambaout_jax.training.run import Run, Steps
-from mambaout_jax.training.schedule import CosineSchedule
+from mambaout_jax.training.schedule import CosineSchedule, PolynomialSchedule, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,10 @@ def build_model(config: ConfigDict) -> MambaOut:
         "kernel_size": model.kernel_size,
         "depthwise": model.depthwise,
     }
+    if config.task == "segmentation":
+        options["channels"] = config.segmentation.channels
+        if config.optimizer.layer_decay != 1:
+            raise UserError(f"config.optimizer.layer_decay is MambaOut's: {model.name} needs 1")
     if model.name in VITS:
         defaults = {**DEFAULTS, "depthwise": "auto"}
         if changed := [key for key in options if options[key] != defaults[key]]:
@@ -98,7 +102,7 @@ def build_steps(config: ConfigDict, steps_per_epoch: int) -> Steps:
     )
 
 
-def build_schedule(config: ConfigDict, steps_per_epoch: int) -> CosineSchedule:
+def build_schedule(config: ConfigDict, steps_per_epoch: int) -> Schedule:
     """Returns the learning rate as a function of the step.
 
     Raises:
@@ -120,17 +124,19 @@ def build_schedule(config: ConfigDict, steps_per_epoch: int) -> CosineSchedule:
             "epochs, and the learning rate moves once an epoch: expected whole epochs, or "
             "--config.schedule.per=step"
         )
-    return CosineSchedule(
-        peak=schedule.learning_rate,
-        start=schedule.warmup_learning_rate,
-        end=schedule.min_learning_rate,
-        duration=duration,
-        warmup=warmup,
-        tick=steps_per_epoch if schedule.per == "epoch" else 1,
-    )
+    common = {
+        "peak": schedule.learning_rate,
+        "start": schedule.warmup_learning_rate,
+        "end": schedule.min_learning_rate,
+        "duration": duration,
+        "warmup": warmup,
+    }
+    if schedule.kind == "poly":
+        return PolynomialSchedule(**common, power=schedule.power)
+    return CosineSchedule(**common, tick=steps_per_epoch if schedule.per == "epoch" else 1)
 
 
-def build_optimizer(config: ConfigDict, schedule: CosineSchedule) -> optax.GradientTransformation:
+def build_optimizer(config: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
     """Returns the optimizer."""
     optimizer = config.optimizer
     return make_optimizer(
@@ -164,6 +170,8 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         repeats=augment.repeats,
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.optimizer.ema_decay,
+        task=config.task,
+        auxiliary_weight=config.segmentation.auxiliary_weight,
     )
 
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.data.loader import EvalBatches, LoaderOptions
 from mambaout_jax.data.preprocess import Preprocessing
+from mambaout_jax.data.segmentation.whole import WholeImages
 from mambaout_jax.data.sources import Source
 from mambaout_jax.errors import UserError
 from mambaout_jax.inference.evaluate import (
@@ -39,10 +40,12 @@ class Evaluation:
 
     Attributes:
         results: as `evaluate` returns them.
+        sums: over all processes, of which the results were made.
         batch_size: images in a step of all devices, which fitted into memory.
     """
 
     results: dict[str, float]
+    sums: Sums
     batch_size: int
 
 
@@ -51,7 +54,7 @@ def evaluate_weights(
     info: WeightsInfo,
     source: Source,
     *,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | WholeImages,
     batch_size: int,
     loader: LoaderOptions,
     dtype: str = "float32",
@@ -106,7 +109,7 @@ def evaluate_weights(
         batch_size = _smaller(batch_size, devices)
     if not sums.get("examples"):
         raise UserError(f"no image of {source.name} has a right class among those to evaluate")
-    return Evaluation(measures.results(sums), batch_size)
+    return Evaluation(measures.results(sums), sums, batch_size)
 
 
 @functools.lru_cache(maxsize=1)  # checkpoints of the same network compile once

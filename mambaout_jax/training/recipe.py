@@ -30,3 +30,4 @@ class Recipe:
     accumulate_steps: int = 1
     ema_decay: float = 0.0
     task: str = "classification"  # one of `task.TASKS`
+    auxiliary_weight: float = 0.4  # of the auxiliary head's loss, of segmentation

@@ -15,7 +15,7 @@ from mambaout_jax.models.mixers import mixer_options
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.recipe import Recipe
 from mambaout_jax.training.recorder import Row
-from mambaout_jax.training.schedule import CosineSchedule
+from mambaout_jax.training.schedule import Schedule
 from mambaout_jax.training.state import TrainState, init_params, init_state
 from mambaout_jax.training.task import TASKS, Task
 from mambaout_jax.weights.info import WeightsInfo
@@ -44,7 +44,7 @@ class Run:
         batch_size: examples in a step.
         eval_batches: of evaluation, of `eval_batch_size` examples over all processes.
         eval_batch_size: examples in a step of evaluation.
-        preprocessing: of evaluation's images.
+        preprocessing: of evaluation's images; its size is that of training's.
         model: the network.
         model_name: its variant.
         schedule: the learning rate.
@@ -69,7 +69,7 @@ class Run:
     preprocessing: Preprocessing
     model: MambaOut
     model_name: str
-    schedule: CosineSchedule
+    schedule: Schedule
     optimizer: optax.GradientTransformation
     recipe: Recipe
     steps: Steps

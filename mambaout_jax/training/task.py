@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from mambaout_jax.inference.evaluate import CLASSES, Measures
-from mambaout_jax.training import classification
+from mambaout_jax.inference.evaluate_masks import MASKS
+from mambaout_jax.training import classification, segmentation
 from mambaout_jax.training.recipe import Batch, Recipe
 
 
@@ -32,4 +33,5 @@ class Task:
 
 TASKS: dict[str, Task] = {
     "classification": Task(classification.augment, classification.loss, CLASSES),
+    "segmentation": Task(segmentation.augment, segmentation.loss, MASKS, dense=True),
 }
