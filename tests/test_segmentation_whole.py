@@ -172,3 +172,13 @@ def test_other_scales_are_resized_from_the_original(folder):
     (batch,) = batches_of(None, options, dataset=dataset)
     assert batch["image_2"].shape == (4, 96, 96, 3)
     assert (batch["input_size_2"] == 80).all() or (batch["input_size_2"] == 96).all()
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(folder):
+    loader = LoaderOptions(workers=2, threads=2, backend="auto")
+    batches = EvalBatches(folder_dataset(folder), OPTIONS, batch_size=4, loader=loader)
+    for found, expected in zip(batches, batches_of(folder), strict=True):
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)
