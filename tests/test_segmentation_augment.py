@@ -248,3 +248,14 @@ def test_synthetic_batches_have_random_labels():
     batch = next(train(None, dataset=dataset))
     assert (batch["label"].shape, batch["label"].dtype) == ((12, 48, 48), np.uint8)
     assert set(np.unique(batch["label"])) == set(range(7))
+
+
+@pytest.mark.slow
+def test_a_mask_that_stays_unreadable_counts_as_bad(tmp_path):
+    folder = write_masks(tmp_path / "data")
+    mask = folder / "annotations" / "training" / "05.png"
+    mask.unlink()
+    mask.symlink_to("/proc/self/mem")  # whose first read fails with EIO
+    batches = train(folder)
+    assert next(batches)["replaced"].sum() == 1
+    assert batches.bad_images == {str(folder / "images" / "training" / "05.jpg")}

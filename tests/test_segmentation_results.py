@@ -19,6 +19,7 @@ from mambaout_jax.inference.segmentation import (
     predict_labels,
     results,
 )
+from mambaout_jax.inference.views import slide, views
 from mambaout_jax.runtime.sharding import BATCH, make_mesh
 
 CLASSES = 5
@@ -127,6 +128,67 @@ def test_labels_beyond_the_logits_classes_are_not_counted(case):
     whole = confusion(logits, batch)
     fewer = confusion(logits[..., :2], batch)
     np.testing.assert_array_equal(fewer.sum(axis=1), whole.sum(axis=1)[:2])
+
+
+def test_views_are_averaged_at_the_original_size(case):
+    logits, batch, _ = case
+    rng = np.random.default_rng(1)
+    batch = batch | {
+        "image": rng.integers(0, 256, batch["image"].shape, np.uint8),
+        "image_1": rng.integers(0, 256, (8, 32, 64, 3), np.uint8),
+        "input_size_1": np.maximum(batch["input_size"] // 2, 1),
+    }
+    seen = views(map_jnp(batch), flip=True)
+    assert [(view.image.shape[1], view.mirrored) for view in seen] == [
+        (64, False), (64, True), (32, False), (32, True)
+    ]  # fmt: skip
+    all_logits = [logits, logits[::-1], *rng.normal(size=(2, 8, 8, 16, CLASSES))]
+    predictions = []
+    for row, outputs in enumerate(LABEL_SIZES):
+        total = 0
+        for view, each in zip(seen, all_logits, strict=True):
+            height, width = np.asarray(view.input_size)[row]
+            name = "image" if view.image.shape[1] == 64 else "image_1"
+            image = batch[name][row, :height, :width]
+            expected = image[:, ::-1] if view.mirrored else image
+            np.testing.assert_array_equal(view.image[row, :height, :width], expected)
+            whole = resize(each[row].astype(np.float64), *view.image.shape[1:3])
+            resized = resize(whole[:height, :width], *outputs)
+            resized = resized[:, ::-1] if view.mirrored else resized
+            exponents = np.exp(resized)
+            total = total + exponents / exponents.sum(axis=-1, keepdims=True)
+        predictions.append(total.argmax(axis=-1))
+    arrays = map_jnp([each.astype(np.float32) for each in all_logits])
+    matrix = jax.jit(confusion)(arrays, map_jnp(batch), seen)
+    np.testing.assert_array_equal(matrix, expected_matrix(batch, predictions)[0])
+    predicted = predict_labels(arrays, map_jnp(batch), (128, 128), seen)
+    for row, (height, width) in enumerate(LABEL_SIZES):
+        np.testing.assert_array_equal(predicted[row, :height, :width], predictions[row])
+
+
+@pytest.mark.parametrize("shape", [(32, 50), (20, 32), (33, 64)])
+def test_windows_are_averaged_as_in_mmsegmentation(shape):
+    images = np.random.default_rng(0).normal(size=(2, *shape, 3)).astype(np.float32)
+    window, stride = 32, 21
+
+    def apply(part):  # a network that sees the whole window, at stride 4
+        coarse = part[:, ::4, ::4]
+        return coarse * (1 + part.mean(axis=(1, 2, 3), keepdims=True))
+
+    height, width = shape
+    total, count = np.zeros((2, *shape, 3)), np.zeros(shape)
+    for row in range(max(height - window + stride - 1, 0) // stride + 1):
+        for column in range(max(width - window + stride - 1, 0) // stride + 1):
+            bottom = min(row * stride + window, height)
+            right = min(column * stride + window, width)
+            top, left = max(bottom - window, 0), max(right - window, 0)
+            logits = apply(images[:, top:bottom, left:right])
+            resized = [resize(each, bottom - top, right - left) for each in logits]
+            total[:, top:bottom, left:right] += resized
+            count[top:bottom, left:right] += 1
+    assert count.max() > 1 or shape == (20, 32)
+    found = jax.jit(functools.partial(slide, apply, window=window, stride=stride))(images)
+    np.testing.assert_allclose(found, total / count[..., None], atol=1e-5)
 
 
 def test_classes_without_pixels_are_left_out():

@@ -96,7 +96,15 @@ def test_batches_have_few_shapes_of_multiples_of_32(folder):
     assert [batch["image"].shape for batch in batches_of(folder)] == [
         batch["image"].shape for batch in batches
     ]
-    assert len({batch["image"].shape for batch in batches_of(folder, WholeImages(64, 160, 1))}) == 1
+    assert (
+        len(
+            {
+                batch["image"].shape
+                for batch in batches_of(folder, WholeImages(64, 160, max_shapes=1))
+            }
+        )
+        == 1
+    )
 
 
 def test_shapes_are_merged_where_little_is_padded():
@@ -140,3 +148,37 @@ def test_synthetic_images_are_of_one_shape():
     assert (batches[0]["input_size"] == 64).all()
     assert (batches[0]["label_size"] == 64).all()
     assert batches[0]["label"].max() == CLASSES - 1
+
+
+def test_other_scales_are_resized_from_the_original(folder):
+    options = WholeImages(short_side=64, long_side=160, scales=(1.0, 0.5, 1.25), max_shapes=2)
+    batches = list(batches_of(folder, options))
+    assert len({batch["image"].shape for batch in batches}) == 2
+    expected = []
+    for number in range(COUNT):
+        image = Image.open(io.BytesIO(files(number)[0]))
+        factor = min(80 / min(image.size), 200 / max(image.size))
+        size = tuple(int(side * factor + 0.5) for side in image.size)
+        expected.append(np.asarray(image.resize(size, Image.Resampling.BILINEAR)).tobytes())
+    found = []
+    for batch in batches:
+        assert batch["image_1"].shape[1] < batch["image"].shape[1]
+        for row in np.flatnonzero(batch["mask"]):
+            height, width = batch["input_size_2"][row]
+            found.append(batch["image_2"][row, :height, :width].tobytes())
+            assert (batch["image_2"][row, height:] == (124, 116, 104)).all()
+    assert sorted(found) == sorted(expected)
+    dataset = Dataset("synthetic", "", "", "train", "4", CLASSES, "segmentation")
+    (batch,) = batches_of(None, options, dataset=dataset)
+    assert batch["image_2"].shape == (4, 96, 96, 3)
+    assert (batch["input_size_2"] == 80).all() or (batch["input_size_2"] == 96).all()
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(folder):
+    loader = LoaderOptions(workers=2, threads=2, backend="auto")
+    batches = EvalBatches(folder_dataset(folder), OPTIONS, batch_size=4, loader=loader)
+    for found, expected in zip(batches, batches_of(folder), strict=True):
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array)

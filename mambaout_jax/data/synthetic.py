@@ -60,7 +60,7 @@ class SyntheticBatches:
 
         Args:
           source: how many images and classes there are.
-          arrays: of an example: "image", "label", and for segmentation their sizes.
+          arrays: of an example: "image", "label", and for segmentation others.
           share: of the process in each batch.
           seed: of the pixels and the labels.
           first: number of the first batch.
@@ -68,14 +68,18 @@ class SyntheticBatches:
         """
         rng = np.random.default_rng((seed, share.first))
         rows = share.rows + _SHIFTS
-        (_, image, _), (_, label, dtype), *sizes = arrays
+        (_, image, _), (_, label, dtype), *others = arrays
         self._arrays = {
             "image": rng.integers(0, 256, (rows, *image), np.uint8),
             "label": rng.integers(source.num_classes, size=(rows, *label), dtype=np.dtype(dtype)),
         }
-        for name, _, _ in sizes:
-            size = image[:2] if name == "input_size" else label
-            self._arrays[name] = np.tile(np.array(size, np.int32), (rows, 1))
+        shapes = {name: shape for name, shape, _ in arrays}
+        for name, shape, _ in others:
+            if name.startswith("image"):  # at another scale
+                self._arrays[name] = rng.integers(0, 256, (rows, *shape), np.uint8)
+            else:
+                size = shapes[name.replace("input_size", "image").replace("label_size", "label")]
+                self._arrays[name] = np.tile(np.array(size[:2], np.int32), (rows, 1))
         self._length = len(source)
         self._share = share
         self._next = first

@@ -5,8 +5,8 @@ padding is cut off, the rest is resized to the original size, and then the large
 Confusion matrices of batches and processes are summed, and divided once at the end.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,57 +14,69 @@ import numpy as np
 
 from mambaout_jax.data.segmentation.masks import IGNORED
 from mambaout_jax.errors import UserError
+from mambaout_jax.inference.linear_resize import product, resize_matrix, resizes
+from mambaout_jax.inference.views import View
+
+Batch = Mapping[str, jax.Array]
 
 _ROWS = 32  # of the labels that are predicted at a time; divides their padded height
 
 
-def confusion(logits: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+def confusion(
+    logits: jax.Array | Sequence[jax.Array], batch: Batch, seen: Sequence[View] | None = None
+) -> jax.Array:
     """Counts the pixels of a batch by label and prediction.
 
     Args:
-        logits: float32 [N, h, w, C] at any stride of the padded image.
+        logits: float32 [N, h, w, C] at any stride of the padded image; with `seen`, of each view.
         batch: of `data.segmentation.whole.PaddedImages`; "mask" bool [N] is False for padding.
+        seen: the views that the logits belong to; None: the image at its first scale.
 
     Returns:
         int32 [C, C]: a row is a label, a column a prediction. IGNORED and padding are left out.
     """
-    classes = logits.shape[-1]
     counted = jnp.where(batch["mask"][:, None, None], batch["label"], IGNORED)
-    # A label beyond the classes has a one-hot vector of zeros.
-    strips = counted.reshape(len(logits), -1, _ROWS, counted.shape[2]).swapaxes(0, 1)
+    predict_rows, classes = _row_predictor(logits, batch, seen, counted.shape[2])
 
     def count(total: jax.Array, strip: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         labels, start = strip
-        predicted = predict_rows(start)
-        # Per image, float32 counts are exact: there are fewer than 2**24 pixels.
+        # A label beyond the classes has a vector of zeros. The counts in float32 are exact: an
+        # image has fewer than 2**24 pixels in a strip.
         pairs = jnp.einsum(
-            "nhwc,nhwd->ncd", jax.nn.one_hot(labels, classes), jax.nn.one_hot(predicted, classes)
+            "nhwc,nhwd->ncd",
+            jax.nn.one_hot(labels, classes),
+            jax.nn.one_hot(predict_rows(start), classes),
         )
         return total + pairs.astype(jnp.int32), None
 
-    predict_rows = _row_predictor(logits, batch, counted.shape[2])
+    strips = counted.reshape(len(counted), -1, _ROWS, counted.shape[2]).swapaxes(0, 1)
+    zeros = jnp.zeros((len(counted), classes, classes), jnp.int32)
     starts = jnp.arange(len(strips)) * _ROWS
-    zeros = jnp.zeros((len(logits), classes, classes), jnp.int32)
     return jax.lax.scan(count, zeros, (strips, starts))[0].sum(axis=0)
 
 
 def predict_labels(
-    logits: jax.Array, batch: Mapping[str, jax.Array], shape: tuple[int, int]
+    logits: jax.Array | Sequence[jax.Array],
+    batch: Batch,
+    shape: tuple[int, int],
+    seen: Sequence[View] | None = None,
 ) -> jax.Array:
     """Returns the predicted labels at the original size.
 
     Args:
-        logits: float32 [N, h, w, C] at any stride of the padded image.
+        logits: see `confusion`.
         batch: "image" [N, H, W, 3], of which the shape counts, "input_size" and "label_size".
         shape: (OH, OW) of the result, at least the largest "label_size".
+        seen: see `confusion`.
 
     Returns:
         int32 [N, OH, OW]. What is outside of "label_size" has no meaning.
     """
-    predict_rows = _row_predictor(logits, batch, shape[1])
+    predict_rows, _ = _row_predictor(logits, batch, seen, shape[1])
     starts = jnp.arange(-(-shape[0] // _ROWS)) * _ROWS
     strips = jax.lax.map(predict_rows, starts)
-    return strips.swapaxes(0, 1).reshape(len(logits), -1, shape[1])[:, : shape[0]]
+    count = strips.shape[1]
+    return strips.swapaxes(0, 1).reshape(count, -1, shape[1])[:, : shape[0]]
 
 
 def results(matrix: np.ndarray) -> dict[str, float]:
@@ -116,48 +128,46 @@ def class_table(matrix: np.ndarray, class_names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _row_predictor(logits: jax.Array, batch: Mapping[str, jax.Array], width: int) -> Any:
-    """Returns a function that predicts _ROWS rows of the labels of all images.
+def _row_predictor(
+    logits: jax.Array | Sequence[jax.Array], batch: Batch, seen: Sequence[View] | None, width: int
+) -> tuple[Callable[[jax.Array], jax.Array], int]:
+    """Returns a function that predicts _ROWS rows of the labels, and the number of classes."""
+    if seen is None:
+        assert isinstance(logits, jax.Array)
+        logits, seen = [logits], [View(batch["image"], batch["input_size"], False)]
+    resizers = [
+        _row_resizer(each, view, batch["label_size"], width)
+        for each, view in zip(logits, seen, strict=True)
+    ]
+
+    def predict_rows(start: jax.Array) -> jax.Array:
+        resized = [resize(start) for resize in resizers]
+        if len(resized) > 1:  # the views' mean probabilities, but for a factor
+            resized = [functools.reduce(jnp.add, map(jax.nn.softmax, resized))]
+        return resized[0].argmax(axis=-1)
+
+    return predict_rows, logits[0].shape[-1]
+
+
+def _row_resizer(
+    logits: jax.Array, view: View, label_size: jax.Array, width: int
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns a function that resizes logits to _ROWS rows of the labels.
 
     The two resizes are one matrix for the rows and one for the columns. All of [N, OH, OW, C] would
     not fit into the memory of a device.
     """
-    inputs, outputs = batch["input_size"], batch["label_size"]
-    _, height, padded_width, _ = batch["image"].shape
-    to_rows = _resize_matrix(height, logits.shape[1])
-    to_columns = _resize_matrix(padded_width, logits.shape[2])
-    columns = _product(
-        "now,wv->nov", _resizes(0, width, inputs[:, 1], outputs[:, 1], padded_width), to_columns
-    )
+    _, height, padded_width, _ = view.image.shape
+    to_rows = resize_matrix(height, logits.shape[1])
+    to_columns = resize_matrix(padded_width, logits.shape[2])
+    sizes = view.input_size[:, 1], label_size[:, 1]
+    resized_columns = resizes(0, width, *sizes, padded_width, view.mirrored)
+    columns = product("now,wv->nov", resized_columns, to_columns)
 
-    def predict_rows(start: jax.Array) -> jax.Array:
-        resizes = _resizes(start, _ROWS, inputs[:, 0], outputs[:, 0], height)
-        rows = _product("noh,hu->nou", resizes, to_rows)
-        resized = _product("nou,nuvc->novc", rows, logits)
-        return _product("nov,nrvc->nroc", columns, resized).argmax(axis=-1)
+    def resize_rows(start: jax.Array) -> jax.Array:
+        resized = resizes(start, _ROWS, view.input_size[:, 0], label_size[:, 0], height)
+        rows = product("noh,hu->nou", resized, to_rows)
+        resized = product("nou,nuvc->novc", rows, logits)
+        return product("nov,nrvc->nroc", columns, resized)
 
-    return predict_rows
-
-
-def _resizes(
-    start: jax.Array | int, count: int, inputs: jax.Array, outputs: jax.Array, length: int
-) -> jax.Array:
-    """Returns, for each image, the matrix of a linear resize from `inputs` to `outputs` pixels.
-
-    Its rows are the output pixels from `start` on, [N, count, length]: align_corners=False, without
-    antialiasing.
-    """
-    scale = inputs / jnp.maximum(outputs, 1)
-    place = (jnp.arange(count) + start + 0.5)[None] * scale[:, None] - 0.5
-    place = jnp.clip(place, 0, jnp.maximum(inputs - 1, 0)[:, None])
-    return jnp.maximum(1 - jnp.abs(place[:, :, None] - jnp.arange(length)[None, None]), 0)
-
-
-def _resize_matrix(outputs: int, inputs: int) -> jax.Array:
-    """Returns the matrix of a linear resize, [outputs, inputs]."""
-    sizes = jnp.array([inputs]), jnp.array([outputs])
-    return _resizes(0, outputs, *sizes, inputs)[0]
-
-
-def _product(equation: str, *factors: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, *factors, precision=jax.lax.Precision.HIGHEST)
+    return resize_rows

@@ -29,11 +29,10 @@ class MaskLabels:
     num_classes: int
     reduce_zero_label: bool
 
-    def table(self) -> np.ndarray:
-        """Returns the label of each value in a file, uint8 [256]."""
-        table = np.arange(256) - self.reduce_zero_label
-        table[[0, 255]] = table[0] % 256, IGNORED
-        return table.astype(np.uint8)
+    def table(self) -> bytes:
+        """Returns the label of each of the 256 values in a file."""
+        first = [IGNORED, *range(254)] if self.reduce_zero_label else [*range(255)]
+        return bytes([*first, IGNORED])
 
     def check(self, counts: np.ndarray, name: str) -> None:
         """Checks that a mask has only labels of classes.
@@ -103,6 +102,6 @@ def decode(record: Record, labels: MaskLabels) -> tuple[Image.Image, np.ndarray]
             f"the mask {name} has {mask.width} x {mask.height} pixels, and its image "
             f"{record['name']} {image.width} x {image.height}: expected the same size"
         )
-    values = np.asarray(mask, np.uint8)
-    labels.check(np.bincount(values.ravel(), minlength=256), name)
-    return image, labels.table()[values]
+    values = Image.fromarray(np.asarray(mask, np.uint8))  # mode "L", also of a palette's indices
+    labels.check(np.array(values.histogram()), name)
+    return image, np.asarray(values.point(labels.table()))

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -31,9 +32,12 @@ class WholeImages:
     and padded at the right and at the bottom. The labels keep the original size: predictions are
     resized to it. Padding and IGNORED labels are not counted.
 
+    With several scales there is an image for each; their predictions are to be averaged.
+
     Attributes:
       short_side: pixels of the resized short side.
       long_side: pixels that the resized long side may have at most.
+      scales: factors of both sides; the first one chooses the shapes.
       max_shapes: padded shapes at most, chosen so that little is padded.
       mean: of R, G and B in [0, 1], subtracted on the device.
       std: of R, G and B in [0, 1], the divisor.
@@ -41,13 +45,14 @@ class WholeImages:
 
     short_side: int = 512
     long_side: int = 2048
+    scales: tuple[float, ...] = (1.0,)
     max_shapes: int = 8
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
-    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+    def resized(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
         """Returns the (width, height) that an image of a (width, height) is resized to."""
-        return resized_size(size, (self.long_side, self.short_side))
+        return resized_size(size, (int(self.long_side * scale), int(self.short_side * scale)))
 
     def groups(self, source: Source) -> list[EvaluationGroup]:
         """Returns the groups of images of one padded shape, a function of the dataset alone.
@@ -59,20 +64,26 @@ class WholeImages:
         """
         assert isinstance(source, MaskSource)
         if isinstance(source, SyntheticSource):
-            side = (_padded(self.short_side),) * 2
-            whole = PaddedImages(self, source.mask_labels, side, side)
+            square = (self.short_side, self.short_side)
+            squares = [_padded_shape(self.resized(square, scale)) for scale in self.scales]
+            whole = PaddedImages(self, source.mask_labels, squares, squares[0])
             return [EvaluationGroup(range(len(source)), whole)]
         sizes = image_sizes(source)
-        shapes = [_padded_shape(self.resized(size)) for size in sizes]
+        shapes = [_padded_shape(self.resized(size, self.scales[0])) for size in sizes]
         shape_of = merge_shapes(shapes, self.max_shapes)
         members: dict[Shape, list[int]] = {shape: [] for shape in sorted(set(shape_of.values()))}
         for index, shape in enumerate(shapes):
             members[shape_of[shape]].append(index)
         groups = []
         for shape, indices in members.items():
-            originals = [_padded_shape(sizes[index]) for index in indices]
-            whole = PaddedImages(self, source.mask_labels, shape, _larger(*originals))
-            groups.append(EvaluationGroup(np.array(indices).tolist(), whole))
+            originals = {sizes[index] for index in indices}
+            others = [
+                _larger(*(_padded_shape(self.resized(size, scale)) for size in originals))
+                for scale in self.scales[1:]
+            ]
+            label_shape = _larger(*map(_padded_shape, originals))
+            whole = PaddedImages(self, source.mask_labels, [shape, *others], label_shape)
+            groups.append(EvaluationGroup(indices, whole))
         return groups
 
 
@@ -84,16 +95,28 @@ class PaddedImages:
       "label": uint8 [OH, OW], the original size, padded with IGNORED.
       "input_size": int32 [2], the (height, width) of the image in [H, W].
       "label_size": int32 [2], the (height, width) of the labels in [OH, OW].
+    The image at scale number k, from 1 on, is in "image_k" and "input_size_k".
     """
 
-    def __init__(self, options: WholeImages, labels: MaskLabels, shape: Shape, label_shape: Shape):
+    def __init__(
+        self,
+        options: WholeImages,
+        labels: MaskLabels,
+        shapes: Sequence[Shape],
+        label_shape: Shape,
+    ):
         self._options = options
         self._labels = labels
-        sizes = (("input_size", (2,), "int32"), ("label_size", (2,), "int32"))
+        images: Arrays = tuple(
+            ("image" + _suffix(number), (*shape, 3), "uint8") for number, shape in enumerate(shapes)
+        )
+        names = ["label_size", *("input_size" + _suffix(number) for number in range(len(shapes)))]
+        label = ("label", label_shape, "uint8")
         self.arrays: Arrays = (
-            ("image", (*shape, 3), "uint8"),
-            ("label", label_shape, "uint8"),
-            *sizes,
+            images[0],
+            label,
+            *images[1:],
+            *((name, (2,), "int32") for name in names),
         )
 
     def __call__(self, record: Record, out: Batch) -> None:
@@ -104,10 +127,12 @@ class PaddedImages:
           UserError: the mask does not fit its image or the classes.
         """
         image, labels = decode(record, self._labels)
-        resized = image.resize(self._options.resized(image.size), Image.Resampling.BILINEAR)
-        write_padded(np.asarray(resized), out["image"], IMAGE_FILL)
+        for number, scale in enumerate(self._options.scales):
+            size = self._options.resized(image.size, scale)
+            resized = image.resize(size, Image.Resampling.BILINEAR)
+            write_padded(np.asarray(resized), out["image" + _suffix(number)], IMAGE_FILL)
+            out["input_size" + _suffix(number)][:] = resized.height, resized.width
         write_padded(labels, out["label"], IGNORED)
-        out["input_size"][:] = resized.height, resized.width
         out["label_size"][:] = labels.shape
 
 
@@ -168,3 +193,8 @@ def _padded(side: int) -> int:
 def _padded_shape(size: tuple[int, int]) -> Shape:
     width, height = size
     return _padded(height), _padded(width)
+
+
+def _suffix(number: int) -> str:
+    """Returns the end of the names of the arrays of a scale."""
+    return f"_{number}" if number else ""
