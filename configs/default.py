@@ -100,6 +100,10 @@ def get_config() -> ConfigDict:
     config.eval.every = "1 epochs"
     config.eval.crop_pct = 1.0  # crop size as a fraction of the resized short side
     config.eval.crop_mode = "center"  # "center", or "squash": the whole image, aspect ratio lost
+    config.eval.scales = (1.0,)  # of segmentation: short sides / data.image_size, averaged
+    config.eval.flip = False  # of segmentation: average with the mirrored image
+    config.eval.window = 0  # of segmentation: side of a sliding window in pixels; 0: whole images
+    config.eval.stride = 0  # of segmentation: pixels from a window to the next
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "1 epochs"

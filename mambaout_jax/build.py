@@ -10,7 +10,12 @@ import optax
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
-from mambaout_jax.build_data import build_eval_batches, build_preprocessing, build_train_batches
+from mambaout_jax.build_data import (
+    build_eval_batches,
+    build_eval_options,
+    build_preprocessing,
+    build_train_batches,
+)
 from mambaout_jax.config import duration_steps
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from mambaout_jax.errors import UserError
@@ -203,6 +208,7 @@ def _build_run(config: ConfigDict) -> Run:
         batch_size=config.batch_size,
         eval_batches=build_eval_batches(config, **process),
         eval_batch_size=config.eval.batch_size,
+        eval_options=build_eval_options(config),
         preprocessing=build_preprocessing(config),
         model=build_model(config),
         model_name=config.model.name,

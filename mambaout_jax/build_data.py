@@ -1,5 +1,7 @@
 """Turns the data, augmentation and evaluation keys of a config into datasets and batches."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from mambaout_jax.data.augment import Augmentation
@@ -67,8 +69,19 @@ def build_evaluation(config: ConfigDict) -> Preprocessing | WholeImages:
         return build_preprocessing(config)
     size = config.data.image_size
     return WholeImages(
-        short_side=size, long_side=LONG_SIDE * size, mean=IMAGENET_MEAN, std=IMAGENET_STD
+        short_side=size,
+        long_side=LONG_SIDE * size,
+        scales=tuple(config.eval.scales),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
     )
+
+
+def build_eval_options(config: ConfigDict) -> dict[str, Any]:
+    """Returns further options of the task's step of evaluation."""
+    if config.task == "classification":
+        return {}
+    return {"flip": config.eval.flip, "window": config.eval.window, "stride": config.eval.stride}
 
 
 def build_loader_options(config: ConfigDict) -> LoaderOptions:

@@ -60,6 +60,10 @@ ADDED_KEYS: dict[str, Any] = {
     "segmentation.photometric": True,
     "schedule.kind": "cosine",
     "schedule.power": 1.0,
+    "eval.scales": [1.0],
+    "eval.flip": False,
+    "eval.window": 0,
+    "eval.stride": 0,
 }
 # Keys that one task does not read, and the value that they have with it.
 UNREAD: dict[str, dict[str, Any]] = {
@@ -84,7 +88,7 @@ UNREAD: dict[str, dict[str, Any]] = {
     "classification": {
         key: value
         for key, value in ADDED_KEYS.items()
-        if key.startswith(("segmentation.", "data.reduce_zero_label"))
+        if key.startswith(("segmentation.", "data.reduce_zero_label", "eval."))
     },
 }
 # Prefixes of the keys that may differ between the hosts of a run.
@@ -157,6 +161,8 @@ RANGES: dict[str, Range] = {
     "optimizer.ema_decay": BELOW_ONE,
     "eval.batch_size": COUNT,
     "eval.crop_pct": POSITIVE,
+    "eval.window": NOT_NEGATIVE,
+    "eval.stride": NOT_NEGATIVE,
     "checkpoint.keep": COUNT,
     "max_bad_steps": NOT_NEGATIVE,
 }
@@ -348,6 +354,14 @@ def _check_task(flat: Mapping[str, Any]) -> None:
                 f"config.{key} is {flat[key]!r}, which config.task={task} does not read: expected "
                 f"{value!r}"
             )
+    if not flat["eval.scales"] or min(flat["eval.scales"]) <= 0:
+        raise UserError(f"config.eval.scales is {flat['eval.scales']}: expected numbers above 0")
+    window, stride = flat["eval.window"], flat["eval.stride"]
+    if (window and not (window >= 32 and 0 < stride <= window)) or (stride and not window):
+        raise UserError(
+            f"config.eval.window is {window} and config.eval.stride {stride}: expected a window of "
+            "at least 32 pixels and a stride from 1 to the window, such as 512 and 341, or 0 and 0"
+        )
     if flat["schedule.kind"] == "poly" and flat["schedule.per"] != "step":
         raise UserError(
             "config.schedule.kind is 'poly', which moves each step: expected "

@@ -14,6 +14,7 @@ from mambaout_jax import config as configuration
 from mambaout_jax.bucket import absolute
 from mambaout_jax.build_data import (
     build_dataset,
+    build_eval_options,
     build_evaluation,
     build_loader_options,
     build_preprocessing,
@@ -86,6 +87,7 @@ def evaluate_workdir(
         loader=build_loader_options(config),
         dtype=config.model.dtype,
         measures=measures,
+        options=build_eval_options(config),
     )
     results = evaluation.results
     report = {

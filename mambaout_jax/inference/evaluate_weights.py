@@ -60,6 +60,7 @@ def evaluate_weights(
     dtype: str = "float32",
     classes: Sequence[int] | None = None,
     measures: Measures = CLASSES,
+    options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Evaluates weights on the images of a source; all processes must call it alike.
 
@@ -77,6 +78,7 @@ def evaluate_weights(
         dtype: of the computation.
         classes: see `eval_step`; None for other tasks than classification.
         measures: of the task.
+        options: further ones of its step.
 
     Raises:
         UserError: the weights have no classes, the processes differ, an image cannot be decoded,
@@ -88,9 +90,9 @@ def evaluate_weights(
     mesh = make_mesh(devices=jax.local_devices())
     model = info.create_model(dtype=jnp.dtype(dtype))
     subset = None if classes is None else tuple(classes)
-    pixels = {"mean": preprocessing.mean, "std": preprocessing.std}
-    options = pixels if subset is None else {**pixels, "classes": subset}
-    step = _compiled_once(model, mesh, measures.step, tuple(options.items()))
+    step_options = {"mean": preprocessing.mean, "std": preprocessing.std, **(options or {})}
+    step_options |= {} if subset is None else {"classes": subset}
+    step = _compiled_once(model, mesh, measures.step, tuple(step_options.items()))
     placed = jax.device_put(params, NamedSharding(mesh, P()))
     devices = jax.device_count()
     batch_size = -(-batch_size // devices) * devices

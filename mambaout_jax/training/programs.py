@@ -36,7 +36,7 @@ def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     train_step = compile_train_step(run.model, run.optimizer, run.recipe, shardings, run.mesh)
     options: dict[str, Any] = {"mean": run.recipe.mean, "std": run.recipe.std}
-    options |= {"step": run.task.measures.step}
+    options |= {"step": run.task.measures.step, **run.eval_options}
     eval_step = compile_eval_step(run.model, shardings.params, run.mesh, **options)
 
     def compile_evaluation() -> Callable[..., dict[str, jax.Array]]:

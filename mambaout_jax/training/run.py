@@ -44,6 +44,7 @@ class Run:
         batch_size: examples in a step.
         eval_batches: of evaluation, of `eval_batch_size` examples over all processes.
         eval_batch_size: examples in a step of evaluation.
+        eval_options: of the task's step of evaluation.
         preprocessing: of evaluation's images; its size is that of training's.
         model: the network.
         model_name: its variant.
@@ -66,6 +67,7 @@ class Run:
     batch_size: int
     eval_batches: EvalBatches
     eval_batch_size: int
+    eval_options: Mapping[str, Any]
     preprocessing: Preprocessing
     model: MambaOut
     model_name: str

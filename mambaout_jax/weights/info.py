@@ -104,6 +104,19 @@ class WeightsInfo:
         """What the network was trained for: "classification" or "segmentation"."""
         return "segmentation" if self.model.startswith(PREFIX) else "classification"
 
+    def check_task(self, task: str, instead: str) -> None:
+        """Checks that the weights are of a task.
+
+        Args:
+            task: the one that is needed.
+            instead: what weights of the other one are for, in an error.
+
+        Raises:
+            UserError: they are of another.
+        """
+        if self.task != task:
+            raise UserError(f"{self.model} is a network of {self.task}, not of {task}: {instead}")
+
     def create_model(self, **options: Any) -> MambaOut:
         """Returns the module that takes these weights; `options` as in `create_model`."""
         options = {"num_classes": self.num_classes, **self.overrides, **options}
