@@ -12,9 +12,11 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 from golden import images as random_images
 from optax.losses import softmax_cross_entropy_with_integer_labels
+from PIL import Image
 
 import mambaout_jax
 from mambaout_jax import config as configuration
+from mambaout_jax.__main__ import main
 from mambaout_jax.build import build_model, build_run, build_schedule
 from mambaout_jax.data.shapes.__main__ import write_folders
 from mambaout_jax.errors import PreemptedError, UserError
@@ -176,6 +178,30 @@ def test_a_run_records_its_measures_and_its_best_checkpoint(shapes, trained):
 
 
 @pytest.mark.slow
+def test_commands_and_masks_of_a_run(shapes, trained, tmp_path, capsys):
+    image, out = str(shapes / "images/validation/0000.png"), tmp_path / "masks"
+    arguments = [image, f"--weights={trained}"]
+    assert main(["predict", *arguments, f"--masks={out}"]) == 0
+    with Image.open(out / "0000_mask.png") as mask:
+        assert (mask.mode, mask.size) == ("P", (96, 96))
+        assert max(np.unique(mask)) < 7
+    assert main(["predict", *arguments]) == 1
+    assert "is a network of segmentation, not of classification" in capsys.readouterr().err
+    assert main(["predict", image, "--weights=test_mambaout.digits", f"--masks={out}"]) == 1
+    assert "is a network of classification, not of segmentation" in capsys.readouterr().err
+    options = {"eval.scales": (1.0, 0.5), "eval.flip": True}
+    several = evaluate_workdir(
+        small_config(shapes, **options), epath.Path(trained), {"data.dir", *options}
+    )
+    assert several["examples"] == 5
+    window = {"eval.window": 32, "eval.stride": 32}
+    parts = evaluate_workdir(
+        small_config(shapes, **window), epath.Path(trained), {"data.dir", *window}
+    )
+    assert len({several["macc"], parts["macc"], load_weights(trained)[1].metrics["macc"]}) == 3
+
+
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed_is_the_same_to_the_bit(shapes, trained, tmp_path):
     config = small_config(shapes)
 
@@ -231,6 +257,9 @@ def build_model_of(classes):
         ({"schedule.per": "epoch"}, "config.schedule.kind is 'poly', which moves each step"),
         ({"schedule.kind": "pol"}, "did you mean 'poly'"),
         ({"segmentation.ratio_range": (2.0, 0.5)}, "expected two rising numbers"),
+        ({"eval.window": 64}, "config.eval.window is 64 and config.eval.stride 0"),
+        ({"eval.stride": 8}, "config.eval.window is 0 and config.eval.stride 8"),
+        ({"eval.scales": ()}, "expected numbers above 0"),
         ({"optimizer.layer_decay": 0.9}, "layer_decay is MambaOut's"),
     ],
 )
