@@ -210,6 +210,7 @@ def _build_run(config: ConfigDict) -> Run:
         eval_batch_size=config.eval.batch_size,
         eval_options=build_eval_options(config),
         preprocessing=build_preprocessing(config),
+        image_size=(config.data.image_size,) * 2,
         model=build_model(config),
         model_name=config.model.name,
         schedule=schedule,

@@ -52,9 +52,9 @@ def build_augmentation(config: ConfigDict) -> Augmentation | SegmentationAugment
 
 
 def build_preprocessing(config: ConfigDict) -> Preprocessing:
-    """Returns how evaluation prepares its images, of segmentation what is stored with weights."""
+    """Returns how evaluation prepares its images; of segmentation `size` is the short side."""
     return Preprocessing(
-        size=config.data.image_size,
+        size=round(config.data.image_size * config.eval.scales[0]),
         crop_pct=config.eval.crop_pct,
         crop_mode=config.eval.crop_mode,
         interpolation="bicubic",

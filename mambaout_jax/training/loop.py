@@ -149,7 +149,7 @@ def open_session(
 ) -> Session:
     """Opens the recorder and the progress display, which `stack` closes."""
     primary = jax.process_index() == 0
-    height, width = run.preprocessing.shape
+    height, width = run.image_size
     layer = count_total(run.model, (height, width, 3))
     logger.info(
         "%s: %s parameters, %.3g GMACs at %dx%d; training images by %s",

@@ -48,7 +48,7 @@ def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     evaluation = pool.submit(compile_evaluation)
     pool.shutdown(wait=False)
-    batch = abstract_batch(run.batch_size, run.preprocessing.shape, run.mesh, run.task.dense)
+    batch = abstract_batch(run.batch_size, run.image_size, run.mesh, run.task.dense)
     del batch["mask"]
     # On each device before the first step, so that no step moves it.
     key_data = jax.device_put(np.asarray(jax.random.key_data(key)), NamedSharding(run.mesh, P()))

@@ -45,7 +45,8 @@ class Run:
         eval_batches: of evaluation, of `eval_batch_size` examples over all processes.
         eval_batch_size: examples in a step of evaluation.
         eval_options: of the task's step of evaluation.
-        preprocessing: of evaluation's images; its size is that of training's.
+        preprocessing: of evaluation's images.
+        image_size: (height, width) of training's.
         model: the network.
         model_name: its variant.
         schedule: the learning rate.
@@ -69,6 +70,7 @@ class Run:
     eval_batch_size: int
     eval_options: Mapping[str, Any]
     preprocessing: Preprocessing
+    image_size: tuple[int, int]
     model: MambaOut
     model_name: str
     schedule: Schedule
@@ -91,7 +93,7 @@ class Run:
     def initial_state(self, key: jax.Array, params: Any = None) -> TrainState:
         """Returns the state before the first step, with new parameters or these. Traceable."""
         if params is None:
-            params = init_params(key, self.model, self.preprocessing.shape)
+            params = init_params(key, self.model, self.image_size)
         return init_state(params, self.optimizer, ema=self.recipe.ema_decay > 0)
 
     def weights_info(self, results: Mapping[str, float] | None = None) -> WeightsInfo:
