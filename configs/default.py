@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     """Returns the default config, locked: unknown keys are an error."""
     config = ConfigDict()
     config.seed = 0  # the one seed: initialisation, order, augmentation, drop path
+    config.task = "classification"  # or "segmentation", of a model "upernet_..."
     config.init_from = ""  # weights to start from: a hub name, .pth, .safetensors or checkpoint
 
     config.model = ConfigDict()
@@ -35,7 +36,8 @@ def get_config() -> ConfigDict:
     config.data.train_split = "train"
     config.data.eval_split = "validation"
     config.data.num_classes = 1000
-    config.data.image_size = 224  # pixels, of training and of evaluation
+    config.data.reduce_zero_label = False  # masks: 0 is unlabelled, and k + 1 is class k
+    config.data.image_size = 224  # pixels; of segmentation the crop, and evaluation's short side
     config.data.workers = -1  # processes that decode and augment; 0: none, -1: chosen by the cores
     config.data.threads = 4  # threads of each process that read and decode
     config.data.backend = "auto"  # of training: "pillow", or "fast" if its extra is installed
@@ -57,6 +59,13 @@ def get_config() -> ConfigDict:
     config.augment.mixup_off = ""  # duration after which nothing is mixed any more; "": never
     config.augment.max_bad_fraction = 0.001  # of training images that may fail to decode
 
+    config.segmentation = ConfigDict()  # of config.task=segmentation alone
+    config.segmentation.channels = 512  # of the decode head; the auxiliary head has half as many
+    config.segmentation.auxiliary_weight = 0.4  # of the auxiliary head's loss
+    config.segmentation.ratio_range = (0.5, 2.0)  # short side before cropping / data.image_size
+    config.segmentation.cat_max_ratio = 0.75  # of a crop that one class may cover, in 10 tries
+    config.segmentation.photometric = True  # random brightness, contrast, saturation and hue
+
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices that share one copy of the parameters; 1: a copy on each
 
@@ -66,12 +75,14 @@ def get_config() -> ConfigDict:
     config.loss = "softmax"  # cross entropy; "bce": binary cross entropy, the mean over classes
 
     config.schedule = ConfigDict()
+    config.schedule.kind = "cosine"  # or "poly": linear warmup, then polynomial decay, each step
+    config.schedule.power = 1.0  # of the polynomial decay
     config.schedule.learning_rate = 4e-3  # the peak
-    config.schedule.duration = "300 epochs"  # of the cosine, warmup included
+    config.schedule.duration = "300 epochs"  # of the cosine or the decay, warmup included
     config.schedule.warmup = "20 epochs"
     config.schedule.warmup_learning_rate = 1e-6  # at the first step
-    config.schedule.min_learning_rate = 1e-5  # at the cosine's end
-    config.schedule.cooldown = "10 epochs"  # at the minimum, after the cosine
+    config.schedule.min_learning_rate = 1e-5  # at the end of the duration
+    config.schedule.cooldown = "10 epochs"  # at the minimum, after the duration
     config.schedule.per = "epoch"  # how often the learning rate moves: "epoch" or "step"
 
     config.optimizer = ConfigDict()
@@ -89,6 +100,10 @@ def get_config() -> ConfigDict:
     config.eval.every = "1 epochs"
     config.eval.crop_pct = 1.0  # crop size as a fraction of the resized short side
     config.eval.crop_mode = "center"  # "center", or "squash": the whole image, aspect ratio lost
+    config.eval.scales = (1.0,)  # of segmentation: short sides / data.image_size, averaged
+    config.eval.flip = False  # of segmentation: average with the mirrored image
+    config.eval.window = 0  # of segmentation: side of a sliding window in pixels; 0: whole images
+    config.eval.stride = 0  # of segmentation: pixels from a window to the next
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "1 epochs"

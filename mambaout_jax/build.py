@@ -10,7 +10,12 @@ import optax
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
-from mambaout_jax.build_data import build_eval_batches, build_preprocessing, build_train_batches
+from mambaout_jax.build_data import (
+    build_eval_batches,
+    build_eval_options,
+    build_preprocessing,
+    build_train_batches,
+)
 from mambaout_jax.config import duration_steps
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from mambaout_jax.errors import UserError
@@ -20,9 +25,9 @@ from mambaout_jax.models.vit import VITS
 from mambaout_jax.runtime.processes import all_or_none, check_alike
 from mambaout_jax.runtime.sharding import check_batch, make_mesh
 from mambaout_jax.training.optimizer import make_optimizer
+from mambaout_jax.training.recipe import Recipe
 from mambaout_jax.training.run import Run, Steps
-from mambaout_jax.training.schedule import CosineSchedule
-from mambaout_jax.training.step import Recipe
+from mambaout_jax.training.schedule import CosineSchedule, PolynomialSchedule, Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,10 @@ def build_model(config: ConfigDict) -> MambaOut:
         "kernel_size": model.kernel_size,
         "depthwise": model.depthwise,
     }
+    if config.task == "segmentation":
+        options["channels"] = config.segmentation.channels
+        if config.optimizer.layer_decay != 1:
+            raise UserError(f"config.optimizer.layer_decay is MambaOut's: {model.name} needs 1")
     if model.name in VITS:
         defaults = {**DEFAULTS, "depthwise": "auto"}
         if changed := [key for key in options if options[key] != defaults[key]]:
@@ -98,7 +107,7 @@ def build_steps(config: ConfigDict, steps_per_epoch: int) -> Steps:
     )
 
 
-def build_schedule(config: ConfigDict, steps_per_epoch: int) -> CosineSchedule:
+def build_schedule(config: ConfigDict, steps_per_epoch: int) -> Schedule:
     """Returns the learning rate as a function of the step.
 
     Raises:
@@ -120,17 +129,19 @@ def build_schedule(config: ConfigDict, steps_per_epoch: int) -> CosineSchedule:
             "epochs, and the learning rate moves once an epoch: expected whole epochs, or "
             "--config.schedule.per=step"
         )
-    return CosineSchedule(
-        peak=schedule.learning_rate,
-        start=schedule.warmup_learning_rate,
-        end=schedule.min_learning_rate,
-        duration=duration,
-        warmup=warmup,
-        tick=steps_per_epoch if schedule.per == "epoch" else 1,
-    )
+    common = {
+        "peak": schedule.learning_rate,
+        "start": schedule.warmup_learning_rate,
+        "end": schedule.min_learning_rate,
+        "duration": duration,
+        "warmup": warmup,
+    }
+    if schedule.kind == "poly":
+        return PolynomialSchedule(**common, power=schedule.power)
+    return CosineSchedule(**common, tick=steps_per_epoch if schedule.per == "epoch" else 1)
 
 
-def build_optimizer(config: ConfigDict, schedule: CosineSchedule) -> optax.GradientTransformation:
+def build_optimizer(config: ConfigDict, schedule: Schedule) -> optax.GradientTransformation:
     """Returns the optimizer."""
     optimizer = config.optimizer
     return make_optimizer(
@@ -164,6 +175,8 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         repeats=augment.repeats,
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.optimizer.ema_decay,
+        task=config.task,
+        auxiliary_weight=config.segmentation.auxiliary_weight,
     )
 
 
@@ -195,7 +208,9 @@ def _build_run(config: ConfigDict) -> Run:
         batch_size=config.batch_size,
         eval_batches=build_eval_batches(config, **process),
         eval_batch_size=config.eval.batch_size,
+        eval_options=build_eval_options(config),
         preprocessing=build_preprocessing(config),
+        image_size=(config.data.image_size,) * 2,
         model=build_model(config),
         model_name=config.model.name,
         schedule=schedule,

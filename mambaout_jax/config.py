@@ -16,10 +16,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mambaout_jax.errors import UserError, did_you_mean
+from mambaout_jax.models.upernet import PREFIX
 from mambaout_jax.models.vit import ATTENTIONS
+from mambaout_jax.training.classification import LOSSES
 from mambaout_jax.training.mixing import check_group
 from mambaout_jax.training.optimizer import OPTIMIZERS
-from mambaout_jax.training.step import LOSSES
+from mambaout_jax.training.task import TASKS
 
 # Prefixes of the keys that a resumed run may change: where and how fast it runs, not what it
 # computes. skip_bad_batches is a key of older runs.
@@ -49,6 +51,45 @@ ADDED_KEYS: dict[str, Any] = {
     "model.token_mixer": "conv",
     "model.kernel_size": 7,
     "model.attention": "full",
+    "task": "classification",
+    "data.reduce_zero_label": False,
+    "segmentation.channels": 512,
+    "segmentation.auxiliary_weight": 0.4,
+    "segmentation.ratio_range": [0.5, 2.0],
+    "segmentation.cat_max_ratio": 0.75,
+    "segmentation.photometric": True,
+    "schedule.kind": "cosine",
+    "schedule.power": 1.0,
+    "eval.scales": [1.0],
+    "eval.flip": False,
+    "eval.window": 0,
+    "eval.stride": 0,
+}
+# Keys that one task does not read, and the value that they have with it.
+UNREAD: dict[str, dict[str, Any]] = {
+    "segmentation": {
+        "label_smoothing": 0.0,
+        "loss": "softmax",
+        "augment.crop_scale": [0.08, 1.0],
+        "augment.crop_ratio": [3 / 4, 4 / 3],
+        "augment.interpolation": "random",
+        "augment.policy": "",
+        "augment.color_jitter": 0.0,
+        "augment.random_erasing": 0.0,
+        "augment.mixup": 0.0,
+        "augment.cutmix": 0.0,
+        "augment.mixup_prob": 1.0,
+        "augment.mixup_switch_prob": 0.5,
+        "augment.mixup_group": 0,
+        "augment.mixup_off": "",
+        "eval.crop_pct": 1.0,
+        "eval.crop_mode": "center",
+    },
+    "classification": {
+        key: value
+        for key, value in ADDED_KEYS.items()
+        if key.startswith(("segmentation.", "data.reduce_zero_label", "eval."))
+    },
 }
 # Prefixes of the keys that may differ between the hosts of a run.
 HOST_KEYS = ("compilation_cache", "data.dir", "data.threads", "data.workers", "profile")
@@ -104,6 +145,10 @@ RANGES: dict[str, Range] = {
     "batch_size": COUNT,
     "accumulate_steps": COUNT,
     "label_smoothing": BELOW_ONE,
+    "segmentation.channels": Range(2),
+    "segmentation.auxiliary_weight": NOT_NEGATIVE,
+    "segmentation.cat_max_ratio": Range(0, 1, open_low=True),
+    "schedule.power": POSITIVE,
     "schedule.learning_rate": NOT_NEGATIVE,
     "schedule.warmup_learning_rate": NOT_NEGATIVE,
     "schedule.min_learning_rate": NOT_NEGATIVE,
@@ -116,6 +161,8 @@ RANGES: dict[str, Range] = {
     "optimizer.ema_decay": BELOW_ONE,
     "eval.batch_size": COUNT,
     "eval.crop_pct": POSITIVE,
+    "eval.window": NOT_NEGATIVE,
+    "eval.stride": NOT_NEGATIVE,
     "checkpoint.keep": COUNT,
     "max_bad_steps": NOT_NEGATIVE,
 }
@@ -123,8 +170,11 @@ RANGES: dict[str, Range] = {
 INTERVALS: dict[str, Range] = {
     "augment.crop_scale": Range(0, 1, open_low=True),
     "augment.crop_ratio": POSITIVE,
+    "segmentation.ratio_range": POSITIVE,
 }
 CHOICES: dict[str, tuple[str, ...]] = {
+    "task": tuple(TASKS),
+    "schedule.kind": ("cosine", "poly"),
     "model.attention": ATTENTIONS,
     "model.dtype": ("float32", "bfloat16"),
     "model.gradient_dtype": ("float32", "bfloat16"),
@@ -280,9 +330,40 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.{key}: {error}") from None
         if not steps and not optional:
             raise UserError(f"config.{key} is {flat[key]!r}: expected a duration above zero")
+    _check_task(flat)
     if config.batch_size % config.accumulate_steps:
         raise UserError(
             f"config.batch_size {config.batch_size} does not divide into "
             f"config.accumulate_steps {config.accumulate_steps} equal parts"
         )
     check_group(config.augment.mixup_group, config.augment.repeats, config.batch_size)
+
+
+def _check_task(flat: Mapping[str, Any]) -> None:
+    """Checks that the model is of the task, and that no key is set that the task does not read."""
+    task, name = flat["task"], flat["model.name"]
+    if (task == "segmentation") != name.startswith(PREFIX):
+        fitting = f"{PREFIX}{name}" if task == "segmentation" else name.removeprefix(PREFIX)
+        raise UserError(
+            f"config.task is {task!r} and config.model.name {name!r}: expected {fitting!r}, or "
+            "another task"
+        )
+    for key, value in UNREAD[task].items():
+        if flat[key] != value:
+            raise UserError(
+                f"config.{key} is {flat[key]!r}, which config.task={task} does not read: expected "
+                f"{value!r}"
+            )
+    if not flat["eval.scales"] or min(flat["eval.scales"]) <= 0:
+        raise UserError(f"config.eval.scales is {flat['eval.scales']}: expected numbers above 0")
+    window, stride = flat["eval.window"], flat["eval.stride"]
+    if (window and not (window >= 32 and 0 < stride <= window)) or (stride and not window):
+        raise UserError(
+            f"config.eval.window is {window} and config.eval.stride {stride}: expected a window of "
+            "at least 32 pixels and a stride from 1 to the window, such as 512 and 341, or 0 and 0"
+        )
+    if flat["schedule.kind"] == "poly" and flat["schedule.per"] != "step":
+        raise UserError(
+            "config.schedule.kind is 'poly', which moves each step: expected "
+            "--config.schedule.per=step"
+        )

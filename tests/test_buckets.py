@@ -508,7 +508,7 @@ def test_commands_read_weights_from_a_bucket(folder, run, straight):
     code, log = run("--mode=eval").end()
     assert code == 0, log
     assert (folder / "run" / "eval.json").exists()
-    image = ROOT / "docs/images/coins.png"
+    image = ROOT / "docs/images/demo.png"
     done = {
         model: subprocess.run(
             [sys.executable, "-m", "mambaout_jax", "predict", str(image), f"--weights={model}"],

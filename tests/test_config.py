@@ -35,7 +35,8 @@ def test_every_config_builds(path):
         lambda key: init_state(init_params(key, model, size), optimizer, ema=False),
         jax.random.key(0),
     )
-    assert state.params["head"]["fc2"]["bias"].shape == (config.data.num_classes,)
+    path = ("head", "fc2") if config.task == "classification" else ("decode_head", "conv_seg")
+    assert state.params[path[0]][path[1]]["bias"].shape == (config.data.num_classes,)
 
 
 def test_the_papers_five_differ_in_model_and_drop_path_alone():

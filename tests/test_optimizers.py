@@ -18,9 +18,10 @@ from mambaout_jax.build import build_optimizer, build_recipe, build_schedule
 from mambaout_jax.errors import UserError
 from mambaout_jax.runtime.sharding import make_mesh, state_shardings
 from mambaout_jax.training import checkpoint, restore
+from mambaout_jax.training.classification import LOSSES
 from mambaout_jax.training.optimizer import MUON_RMS, OPTIMIZERS, muon_labels
 from mambaout_jax.training.state import TrainState, init_state
-from mambaout_jax.training.step import LOSSES, train_step
+from mambaout_jax.training.step import train_step
 
 SHAPES = {
     "stem/conv1/kernel": (3, 3, 3, 8),

@@ -1,13 +1,14 @@
-"""Classifies images."""
+"""Classifies images, or predicts their masks."""
 
 import argparse
 import dataclasses
 import json
 import sys
+from typing import Any
 
 from mambaout_jax.cli.weights_arguments import add_weights_arguments, weights_options
 
-SUMMARY = "Classifies images and folders of images."
+SUMMARY = "Classifies images and folders of images, or predicts their masks."
 EXAMPLE = "photo.jpg photos/ --weights=mambaout_tiny"
 
 
@@ -21,12 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=64, help="images per step, on all devices (default: 64)"
     )
+    parser.add_argument(
+        "--masks",
+        metavar="DIR",
+        help="folder for the masks that a segmentation network predicts",
+    )
     add_weights_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the classes of the images; returns 1 if an image could not be decoded."""
     options = weights_options(args)
+    if args.masks:
+        return _write_masks(args, options)
     from tqdm import tqdm
 
     from mambaout_jax.inference.predictor import Predictor, find_images
@@ -53,4 +61,29 @@ def run(args: argparse.Namespace) -> int:
             tqdm.write("\n".join([result.name, *lines]), file=sys.stdout)
     if args.json:  # in ASCII: a name that is not UTF-8 has escapes that Python reads back
         print(json.dumps(records, indent=2))
+    return 1 if failed else 0
+
+
+def _write_masks(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Writes each image's mask and overlay; returns 1 if an image could not be decoded."""
+    from mambaout_jax.data.segmentation.whole import WholeImages
+    from mambaout_jax.inference.mask_predictor import MaskPredictor
+    from mambaout_jax.inference.predictor import find_images
+    from mambaout_jax.labels import class_names
+    from mambaout_jax.weights.load import read_weights
+
+    files = find_images(args.paths)
+    params, info = read_weights(**options)
+    info.check_task("segmentation", "leave out --masks")
+    size, pixels = info.preprocessing.shape[0], info.preprocessing
+    whole = WholeImages(short_side=size, long_side=4 * size, mean=pixels.mean, std=pixels.std)
+    names = class_names(info.class_names, info.num_classes)
+    predictor = MaskPredictor(info.create_model(dtype=args.dtype), params, names, whole)
+    failed = 0
+    for prediction in predictor.predict_files(files):
+        if prediction.error:
+            failed += 1
+            print(f"error: {prediction.error}", file=sys.stderr)
+        else:
+            print(*predictor.save(prediction, args.masks))
     return 1 if failed else 0

@@ -33,14 +33,14 @@ def run(args: argparse.Namespace) -> int:
     from mambaout_jax.errors import UserError
     from mambaout_jax.models.flops import count_layers
     from mambaout_jax.models.mambaout import create_model
-    from mambaout_jax.models.variants import find_variant
+    from mambaout_jax.models.pretrained import variant_preprocessing
     from mambaout_jax.models.vit import VITS
 
     name = args.model or args.name
     if not name or (args.name and args.name != name):
         raise UserError("expected one variant, such as: python -m mambaout_jax summary " + EXAMPLE)
     vit = name in VITS
-    default_size = 224 if vit else find_variant(name).image_size
+    default_size = variant_preprocessing(name).shape[0]
     size = default_size if args.size is None else args.size
     for option, number, least in (
         ("--size", size, 1),

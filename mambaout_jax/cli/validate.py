@@ -135,6 +135,7 @@ def _evaluate(args: argparse.Namespace, weights: str, real: Sequence[Sequence[in
         params, info = read_weights(
             weights, model=args.model, allow_non_finite=args.allow_non_finite
         )
+        info.check_task("classification", "use main.py --mode=eval with its config")
         subset = read_subset(args.subset, info.num_classes) if args.subset else None
         source = GroundTruthSource(_open(args), info.num_classes, subset, real)
     evaluation = evaluate_weights(

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 from mambaout_jax.data import backends, image_ops, randaugment
+from mambaout_jax.data.buffers import Arrays, Batch
+from mambaout_jax.data.records import Record, Source
 
 _CROP_TRIES = 10
 _FILTERS = {
@@ -42,6 +44,30 @@ class Augmentation:
     hflip: float
     policy: str
     color_jitter: float
+
+    @property
+    def arrays(self) -> Arrays:
+        """The arrays of an example."""
+        return (("image", (self.image_size, self.image_size, 3), "uint8"), ("label", (), "int32"))
+
+    def examples(self, source: Source, backend: str) -> "LabelledImages":
+        """Returns what makes the examples of any source with this backend."""
+        del source
+        return LabelledImages(self, backend)
+
+
+class LabelledImages:
+    """Augmented images with their classes. See `examples.TrainingExamples`."""
+
+    def __init__(self, augmentation: Augmentation, backend: str):
+        self.arrays = augmentation.arrays
+        self._transform = TrainTransform(augmentation, backend)
+        self.made_by = self._transform.made_by
+
+    def __call__(self, record: Record, rng: np.random.Generator, out: Batch) -> None:
+        """See `examples.TrainingExamples`."""
+        self._transform(record["image"], rng, record["name"], out["image"])
+        out["label"][...] = record["label"]
 
 
 class TrainTransform:

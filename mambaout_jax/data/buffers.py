@@ -14,6 +14,7 @@ import numpy as np
 from mambaout_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Arrays = tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape and dtype of each
 
 _PAGE = mmap.PAGESIZE
 
@@ -28,7 +29,7 @@ class Layout:
     """
 
     rows: int
-    arrays: tuple[tuple[str, tuple[int, ...], str], ...]
+    arrays: Arrays
 
     def offsets(self) -> tuple[list[int], int]:
         """Returns where each array starts, and the size of all of them, in bytes."""

@@ -1,7 +1,9 @@
 """Decoding with Pillow: from an encoded file to an RGB image, and the names of filters."""
 
+import contextlib
 import io
 import struct
+from collections.abc import Iterator
 
 from PIL import Image, UnidentifiedImageError
 
@@ -32,12 +34,24 @@ def decode(file_bytes: bytes | bytearray | memoryview, name: str = "the file") -
     Raises:
       BadImageError: Pillow cannot decode all of it.
     """
+    with errors(name), Image.open(io.BytesIO(file_bytes)) as image:
+        if image.mode == "RGB":
+            image.load()
+            return image
+        return image.convert("RGB")
+
+
+def size(file_bytes: bytes, name: str) -> tuple[int, int]:
+    """Returns the (width, height) of an encoded file, or raises BadImageError."""
+    with errors(name), Image.open(io.BytesIO(file_bytes)) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def errors(name: str) -> Iterator[None]:
+    """Raises BadImageError for what Pillow raises for a file of that name."""
     try:
-        with Image.open(io.BytesIO(file_bytes)) as image:
-            if image.mode == "RGB":
-                image.load()
-                return image
-            return image.convert("RGB")
+        yield
     except (*_DAMAGES, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not an image" if unknown else first_line(error)

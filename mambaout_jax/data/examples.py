@@ -2,10 +2,13 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
-from mambaout_jax.data import augment, order, preprocess
-from mambaout_jax.data.buffers import Batch, Layout
+import numpy as np
+
+from mambaout_jax.data import order
+from mambaout_jax.data.buffers import Arrays, Batch, Layout
 from mambaout_jax.data.chunks import Damage, Damages
 from mambaout_jax.data.decoding import BadImageError, UnreadableError
 from mambaout_jax.data.records import Record, Source
@@ -68,6 +71,89 @@ class Share:
         return step * self.global_batch + self.first + row
 
 
+class TrainingExamples(Protocol):
+    """Makes a task's training examples. It can be pickled, and threads may share it.
+
+    Attributes:
+      arrays: of an example.
+      made_by: the libraries that it uses, in words.
+    """
+
+    arrays: Arrays
+    made_by: str
+
+    def __call__(self, record: Record, rng: np.random.Generator, out: Batch) -> None:
+        """Decodes and augments an example.
+
+        Args:
+          record: of the source.
+          rng: the source of every random number.
+          out: where its arrays are written.
+
+        Raises:
+          BadImageError: a file is not an image, or a damaged one.
+        """
+
+
+class EvaluationExamples(Protocol):
+    """Makes a task's evaluation examples. It can be pickled, and threads may share it.
+
+    Attributes:
+      arrays: of an example.
+    """
+
+    arrays: Arrays
+
+    def __call__(self, record: Record, out: Batch) -> None:
+        """Decodes an example of the source and writes its arrays.
+
+        Raises:
+          BadImageError: a file is not an image, or a damaged one.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationGroup:
+    """Evaluation examples of the same shapes.
+
+    Attributes:
+      indices: of its examples in the source.
+      examples: makes them.
+    """
+
+    indices: Sequence[int]
+    examples: EvaluationExamples
+
+
+class Augmentation(Protocol):
+    """A task's options for training examples."""
+
+    @property
+    def arrays(self) -> Arrays:
+        """The arrays of an example."""
+
+    def examples(self, source: Source, backend: str) -> TrainingExamples:
+        """Returns what makes the examples of a source.
+
+        Args:
+          source: of the task's records.
+          backend: see `backends.open_backend`.
+
+        Raises:
+          UserError: the backend cannot be used, or an option is wrong.
+        """
+
+
+class Preprocessing(Protocol):
+    """A task's options for evaluation examples."""
+
+    def groups(self, source: Source) -> list[EvaluationGroup]:
+        """Returns the examples of a source, in groups of the same shapes.
+
+        Every process must return the same groups.
+        """
+
+
 class TrainingMaker:
     """Makes a process's training batches. See `chunks.Maker`.
 
@@ -78,19 +164,17 @@ class TrainingMaker:
         self,
         source: Source,
         order_: order.Order,
-        transform: augment.TrainTransform,
+        make: TrainingExamples,
         bad_images: BadImages,
         share: Share,
     ):
         self._source = source
         self._order = order_
         self._generators = order.Generators(order_.seed)
-        self._transform = transform
+        self._make = make
         self._bad_images = bad_images
         self._share = share
-        image = ("image", transform.shape, "uint8")
-        others = (("label", (), "int32"), ("replaced", (), "bool"))
-        self.layout = Layout(share.rows, (image, *others))
+        self.layout = Layout(share.rows, (*make.arrays, ("replaced", (), "bool")))
 
     def name(self, step: int, row: int) -> str:
         """See `chunks.Maker`."""
@@ -101,13 +185,14 @@ class TrainingMaker:
     ) -> Damages:
         """See `chunks.Maker`."""
         first = self._share.position(step, start)
-        positions = range(first, first + len(out["label"]))
+        positions = range(first, first + len(out["replaced"]))
         indices = [self._order.index(position) for position in positions]
         records = [self._read(index) for index in indices]
         damages: Damages = []
         with permit:
             for row, position in enumerate(positions):
-                damages += self._make(position, indices[row], records[row], out, row)
+                example = {name: array[row, ...] for name, array in out.items()}
+                damages += self._fill(position, indices[row], records[row], example)
         return damages
 
     def _read(self, index: int) -> Record | BadImageError:
@@ -116,10 +201,10 @@ class TrainingMaker:
         except BadImageError as error:
             return error
 
-    def _make(
-        self, position: int, index: int, record: Record | BadImageError, out: Batch, row: int
+    def _fill(
+        self, position: int, index: int, record: Record | BadImageError, out: Batch
     ) -> Damages:
-        """Makes one image from its record, or else from the first good one after it."""
+        """Makes one example from its record, or else from the first good one after it."""
         damages: Damages = []
         while True:
             name = self._source.name_of(index)
@@ -127,11 +212,8 @@ class TrainingMaker:
                 if isinstance(record, BadImageError):
                     raise record
                 name = record["name"]
-                self._transform(
-                    record["image"], self._generators.at(position), name, out["image"][row]
-                )
-                out["label"][row] = record["label"]
-                out["replaced"][row] = bool(damages)
+                self._make(record, self._generators.at(position), out)
+                out["replaced"][...] = bool(damages)
                 return damages
             except BadImageError as error:
                 damages.append(Damage(name, str(error), isinstance(error, UnreadableError)))
@@ -146,35 +228,28 @@ class EvaluationMaker:
     Rows after the last image are padding.
     """
 
-    def __init__(self, source: Source, preprocessing: preprocess.Preprocessing, share: Share):
+    def __init__(self, source: Source, group: EvaluationGroup, share: Share):
         self._source = source
-        self._preprocessing = preprocessing
+        self._indices = group.indices
+        self._make = group.examples
         self._share = share
-        image = ("image", (*preprocessing.shape, 3), "uint8")
-        label = ("label", source.label_shape, "int32")
-        self.layout = Layout(share.rows, (image, label, ("mask", (), "bool")))
+        self.layout = Layout(share.rows, (*self._make.arrays, ("mask", (), "bool")))
 
     def name(self, step: int, row: int) -> str:
         """See `chunks.Maker`."""
-        return self._source.name_of(self._share.position(step, row))
+        return self._source.name_of(self._indices[self._share.position(step, row)])
 
     def __call__(
         self, step: int, start: int, out: Batch, permit: contextlib.AbstractContextManager
     ) -> Damages:
         """See `chunks.Maker`."""
         first = self._share.position(step, start)
-        count = min(max(len(self._source) - first, 0), len(out["label"]))
+        count = min(max(len(self._indices) - first, 0), len(out["mask"]))
         for array in out.values():
             array[count:] = 0
         out["mask"][:count] = True
-        records = [self._source[first + row] for row in range(count)]
+        records = [self._source[self._indices[first + row]] for row in range(count)]
         with permit:
             for row, record in enumerate(records):
-                out["label"][row] = record["label"]
-                if (out["label"][row] >= 0).any():
-                    out["image"][row] = preprocess.preprocess_image(
-                        record["image"], self._preprocessing, record["name"]
-                    )
-                else:  # the image has no right class and is not counted
-                    out["image"][row] = 0
+                self._make(record, {name: array[row, ...] for name, array in out.items()})
         return []

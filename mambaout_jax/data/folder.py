@@ -31,14 +31,7 @@ class FolderSource(Source):
     """
 
     def __init__(self, directory: str, split: str, reference_split: str):
-        if is_bucket(directory):
-            raise UserError(
-                f"class folders are read from a disk, and {directory} is in a bucket: copy it to a "
-                "disk, or prepare the dataset with TFDS"
-            )
-        root = Path(directory).expanduser()
-        if not root.is_dir():
-            raise UserError(f"no folder {directory!r}: expected one with {split}/CLASS/IMAGE")
+        root = local_folder(directory, f"{split}/CLASS/IMAGE", "class folders")
         if not (root / split).is_dir():
             known = _folders(root)
             raise UserError(
@@ -62,7 +55,7 @@ class FolderSource(Source):
         files: list[bytes] = []
         counts: list[int] = []
         for folder in folders:
-            images = _images(root / split / folder)
+            images = image_files(root / split / folder, "class folder")
             files += [os.fsencode(f"{folder}/{image}") for image in images]
             counts.append(len(images))
         # Arrays: as Python objects a million files take three times the memory in every worker.
@@ -78,13 +71,35 @@ class FolderSource(Source):
 
     def __getitem__(self, index: int) -> Record:
         path = self.name_of(index)
-        try:
-            image = repeat(lambda: read_file(path), path)
-        except StorageError as error:
-            raise unreadable(path, error) from error
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        return {"image": image, "label": int(self._labels[index]), "name": path}
+        return {"image": read_encoded(path), "label": int(self._labels[index]), "name": path}
+
+
+def local_folder(directory: str, expected: str, what: str) -> Path:
+    """Returns a folder on a disk, which should have files like `expected`, and not in a bucket."""
+    if is_bucket(directory):
+        raise UserError(
+            f"{what} are read from a disk, and {directory} is in a bucket: copy it to a disk, or "
+            "prepare the dataset with TFDS"
+        )
+    root = Path(directory).expanduser()
+    if not root.is_dir():
+        raise UserError(f"no folder {directory!r}: expected one with {expected}")
+    return root
+
+
+def read_encoded(path: str) -> bytes:
+    """Returns the content of an image's file.
+
+    Raises:
+      UnreadableError: its storage fails at each attempt.
+      UserError: it cannot be opened.
+    """
+    try:
+        return repeat(lambda: read_file(path), path)
+    except StorageError as error:
+        raise unreadable(path, error) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _folders(directory: Path) -> list[str]:
@@ -93,21 +108,21 @@ def _folders(directory: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _images(directory: Path) -> list[str]:
-    """Returns the sorted names of a class folder's images; anything else is an error."""
+def image_files(directory: Path, what: str) -> list[str]:
+    """Returns the sorted names of the images in a folder, a `what`; anything else is an error."""
     with os.scandir(directory) as entries:
         files = sorted(
             (entry.name, entry.is_file()) for entry in entries if not entry.name.startswith(".")
         )
     if not files:
-        raise UserError(f"the class folder {directory} is empty: fill it or remove it")
+        raise UserError(f"the {what} {directory} is empty: fill it or remove it")
     for name, is_file in files:
         if os.path.splitext(name)[1].lower() not in _SUFFIXES:
-            raise UserError(f"{directory / name} is not an image: move it out of the class folder")
+            raise UserError(f"{directory / name} is not an image: move it out of the {what}")
         if not is_file:
             raise UserError(
                 f"{directory / name} is {_kind(directory / name)}, not a file: remove it from the "
-                f"class folder"
+                f"{what}"
             )
     return [name for name, _ in files]
 

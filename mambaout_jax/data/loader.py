@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 
-from mambaout_jax.data import augment, examples, parallel, preprocess, sources
+from mambaout_jax.data import examples, parallel, sources
 from mambaout_jax.data.buffers import Batch
 from mambaout_jax.data.chunks import Damage, Damages
 from mambaout_jax.data.order import Order
@@ -43,7 +43,8 @@ class TrainBatches(Iterator[Batch]):
 
     Each is {"image": uint8 [b, H, W, 3], "label": int32 [b], "replaced": bool [b]}, where b is the
     process's share of `batch_size`: process p has the rows p*b to (p+1)*b of the global batch.
-    "replaced" marks images that replace an undecodable one.
+    "replaced" marks images that replace an undecodable one. For segmentation, "label" is uint8
+    [b, H, W], see `segmentation.augment`.
 
     Attributes:
       steps_per_epoch: whole batches in the dataset, each image taken `repeats` times.
@@ -56,7 +57,7 @@ class TrainBatches(Iterator[Batch]):
     def __init__(
         self,
         dataset: sources.Dataset,
-        augmentation: augment.Augmentation,
+        augmentation: examples.Augmentation,
         *,
         batch_size: int,
         seed: int,
@@ -71,7 +72,7 @@ class TrainBatches(Iterator[Batch]):
 
         Args:
           dataset: its `train_split` is read.
-          augmentation: of each image.
+          augmentation: of each image, such as `augment.Augmentation`.
           batch_size: images in a global batch.
           seed: of order and augmentation.
           repeats: of each image in an epoch; 1: none.
@@ -112,14 +113,14 @@ class TrainBatches(Iterator[Batch]):
         self._ahead: BatchesAhead | SyntheticBatches | None = None
         self._open_at: Callable[[int], BatchesAhead | SyntheticBatches]
         if isinstance(source, SyntheticSource):
-            size = (augmentation.image_size, augmentation.image_size)
             self.made_by = "random images in memory"
-            self._open_at = functools.partial(SyntheticBatches, source, size, share, seed)
+            arrays = augmentation.arrays
+            self._open_at = functools.partial(SyntheticBatches, source, arrays, share, seed)
             return
-        transform = augment.TrainTransform(augmentation, loader.backend)
+        make = augmentation.examples(source, loader.backend)
         options = parallel.choose(loader.workers, loader.threads)
-        self.made_by = f"{transform.made_by} in {options}"
-        maker = examples.TrainingMaker(source, order, transform, self._limit, share)
+        self.made_by = f"{make.made_by} in {options}"
+        maker = examples.TrainingMaker(source, order, make, self._limit, share)
         self._open_at = functools.partial(BatchesAhead, maker, options)
 
     def __next__(self) -> Batch:
@@ -209,7 +210,8 @@ class EvalBatches:
     """The evaluation images, each exactly once over all processes; may be iterated again.
 
     Each batch is {"image": uint8 [b, H, W, 3], "label": int32 [b, *label_shape], "mask": bool [b]};
-    False in the mask marks padding. Every process has the same number of batches of the same shape.
+    False in the mask marks padding. Every process has the same number of batches of the same
+    shapes. For segmentation there are other arrays and several shapes, see `segmentation.whole`.
 
     Attributes:
       name: of the dataset and split.
@@ -221,7 +223,7 @@ class EvalBatches:
     def __init__(
         self,
         dataset: sources.Dataset | sources.Source,
-        preprocessing: preprocess.Preprocessing,
+        preprocessing: examples.Preprocessing,
         *,
         batch_size: int,
         loader: LoaderOptions,
@@ -232,7 +234,7 @@ class EvalBatches:
 
         Args:
           dataset: its `eval_split` is read, or the source itself.
-          preprocessing: of each image.
+          preprocessing: of each image, such as `preprocess.Preprocessing`.
           batch_size: images in a global batch.
           loader: processes and threads.
           process_index: this process's number.
@@ -250,24 +252,29 @@ class EvalBatches:
         self.num_classes = source.num_classes
         self.class_names = source.class_names
         self.name = source.name
-        self._length = -(-self.num_examples // batch_size)
         local_batch = parallel.share(batch_size, process_count, "eval.batch_size")
         share = examples.Share(batch_size, process_index * local_batch, local_batch)
-        self._open: Callable[[int, int], BatchesAhead | SyntheticBatches]
-        if isinstance(source, SyntheticSource):
-            self._open = functools.partial(
-                SyntheticBatches, source, preprocessing.shape, share, _SEED_OF_EVALUATION
-            )
-        else:
-            images = self.num_examples // process_count
+        # For each group, what opens its batches, and how many there are.
+        self._groups: list[tuple[Callable[[int, int], BatchesAhead | SyntheticBatches], int]] = []
+        for group in preprocessing.groups(source):
+            length = -(-len(group.indices) // batch_size)
+            if isinstance(source, SyntheticSource):
+                arrays = group.examples.arrays
+                made = functools.partial(
+                    SyntheticBatches, source, arrays, share, _SEED_OF_EVALUATION
+                )
+                self._groups.append((made, length))
+                continue
+            images = len(group.indices) // process_count
             options = parallel.choose(loader.workers, loader.threads, images)
-            maker = examples.EvaluationMaker(source, preprocessing, share)
-            self._open = functools.partial(BatchesAhead, maker, options)
+            maker = examples.EvaluationMaker(source, group, share)
+            self._groups.append((functools.partial(BatchesAhead, maker, options), length))
 
     def __len__(self) -> int:
-        return self._length
+        return sum(length for _, length in self._groups)
 
     def __iter__(self) -> Iterator[Batch]:
-        with contextlib.closing(self._open(0, self._length)) as ahead:
-            for batch, _ in ahead:
-                yield batch
+        for open_at, length in self._groups:
+            with contextlib.closing(open_at(0, length)) as ahead:
+                for batch, _ in ahead:
+                    yield batch

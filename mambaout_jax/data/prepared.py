@@ -29,6 +29,8 @@ class TfdsSource(Source):
     `split` may use TFDS's slices, such as "train[:90%]".
     """
 
+    _usual_keys = ("image", "label")  # where the dataset does not name them
+
     def __init__(self, directory: str, split: str):
         self._reopening = threading.Lock()
         self._open(directory, split)
@@ -45,22 +47,15 @@ class TfdsSource(Source):
                 f"TensorFlow; convert it with: tfds convert_format "
                 f"--dataset_version_dir={directory} --out_file_format=array_record"
             )
-        self._arguments = (directory, split)
-        image_key, label_key = info.supervised_keys or ("image", "label")
+        self._arguments: tuple = (directory, split)
+        image_key, label_key = info.supervised_keys or self._usual_keys
         self._image_key, self._label_key = str(image_key), str(label_key)
-        features = dict(info.features.items())
-        label_feature = features.get(self._label_key)
-        if not isinstance(label_feature, tfds.features.ClassLabel) or not isinstance(
-            features.get(self._image_key), tfds.features.Image
-        ):
-            found = ", ".join(sorted(features))
-            raise UserError(f"{directory} has no labelled images: its features are {found}")
         self.name = f"{info.full_name}/{split}"
-        self.class_names = list(label_feature.names)
+        self.class_names = self._names_of_classes(dict(info.features.items()), directory)
         self._open_records = functools.partial(
             builder.as_data_source,
             split,
-            decoders={self._image_key: tfds.decode.SkipDecoding()},
+            decoders={key: tfds.decode.SkipDecoding() for key in self._encoded_keys()},
             file_format=array_record,
         )
         try:
@@ -80,12 +75,30 @@ class TfdsSource(Source):
 
     def __getitem__(self, index: int) -> Record:
         example = self._example(index)
-        name = example.get("file_name", b"")
-        return {
-            "image": example[self._image_key],
-            "label": int(example[self._label_key]),
-            "name": self.name_of(index) + (f" ({name.decode()})" if name else ""),
-        }
+        file = example.get("file_name", b"")
+        name = self.name_of(index) + (f" ({file.decode()})" if file else "")
+        return self._record(example, name)
+
+    def _names_of_classes(self, features: dict[str, Any], directory: str) -> list[str]:
+        """Returns the names of the classes, or raises UserError: the features do not fit."""
+        import tensorflow_datasets as tfds
+
+        label = features.get(self._label_key)
+        if not isinstance(label, tfds.features.ClassLabel) or not isinstance(
+            features.get(self._image_key), tfds.features.Image
+        ):
+            found = ", ".join(sorted(features))
+            raise UserError(f"{directory} has no labelled images: its features are {found}")
+        return list(label.names)
+
+    def _encoded_keys(self) -> tuple[str, ...]:
+        """Returns the features that stay encoded files."""
+        return (self._image_key,)
+
+    def _record(self, example: Any, name: str) -> Record:
+        """Returns the record of an example with a name for messages."""
+        label = int(example[self._label_key])
+        return {"image": example[self._image_key], "label": label, "name": name}
 
     def _example(self, index: int) -> Any:
         name = self.name_of(index)

@@ -19,6 +19,10 @@ from mambaout_jax.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mambaout_jax.data.buffers import Arrays, Batch
+    from mambaout_jax.data.examples import EvaluationGroup
+    from mambaout_jax.data.records import Record, Source
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of R, G and B in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -57,6 +61,29 @@ class Preprocessing:
     def shape(self) -> tuple[int, int]:
         """(height, width) of the input in pixels."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def groups(self, source: "Source") -> "list[EvaluationGroup]":
+        """Returns one group of all images, which become inputs of the same shape."""
+        from mambaout_jax.data.examples import EvaluationGroup
+
+        return [EvaluationGroup(range(len(source)), PreprocessedImages(self, source.label_shape))]
+
+
+class PreprocessedImages:
+    """Images as a network expects them, with their classes. See `examples.EvaluationExamples`."""
+
+    def __init__(self, preprocessing: Preprocessing, label_shape: tuple[int, ...]):
+        self._preprocessing = preprocessing
+        image = ("image", (*preprocessing.shape, 3), "uint8")
+        self.arrays: Arrays = (image, ("label", label_shape, "int32"))
+
+    def __call__(self, record: "Record", out: "Batch") -> None:
+        """See `examples.EvaluationExamples`."""
+        out["label"][...] = record["label"]
+        if (out["label"] >= 0).any():
+            out["image"][:] = preprocess_image(record["image"], self._preprocessing, record["name"])
+        else:  # the image has no right class and is not counted
+            out["image"][:] = 0
 
 
 def preprocess_image(

@@ -2,9 +2,12 @@
 
 import runpy
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from mambaout_jax.data.loader import TrainBatches
+from mambaout_jax.data.segmentation.drawing import overlay
+from mambaout_jax.data.segmentation.masks import IGNORED
 from mambaout_jax.errors import UserError, first_line
 
 _SMALLEST = 96  # pixels of an image's side on the sheet
@@ -14,6 +17,8 @@ _CAPTION = 16  # pixels below an image
 def contact_sheet(batches: TrainBatches, rows: int, columns: int) -> Image.Image:
     """Draws the first images of a run's order, each above its class name.
 
+    Masks are drawn over their images, above the names of their classes, the largest first.
+
     Args:
       batches: the source of the images.
       rows: of the sheet.
@@ -22,20 +27,30 @@ def contact_sheet(batches: TrainBatches, rows: int, columns: int) -> Image.Image
     Returns:
       The sheet, mode RGB.
     """
-    images: list[tuple[Image.Image, int]] = []
+    images: list[tuple[Image.Image, str]] = []
     while len(images) < rows * columns:
         batch = next(batches)
         for pixels, label in zip(batch["image"], batch["label"], strict=True):
-            images.append((Image.fromarray(pixels), int(label)))
+            images.append(_tile(pixels, label, batches.class_names))
     side = images[0][0].width
     side *= max(1, _SMALLEST // side)
     sheet = Image.new("RGB", (columns * side, rows * (side + _CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (image, label) in enumerate(images[: rows * columns]):
+    for index, (image, name) in enumerate(images[: rows * columns]):
         left, top = index % columns * side, index // columns * (side + _CAPTION)
         sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, top))
-        draw.text((left + 2, top + side + 2), batches.class_names[label], fill="black")
+        caption = Image.new("RGB", (side, _CAPTION), "white")
+        ImageDraw.Draw(caption).text((2, 2), name, fill="black")
+        sheet.paste(caption, (left, top + side))
     return sheet
+
+
+def _tile(pixels: np.ndarray, label: np.ndarray, names: list[str]) -> tuple[Image.Image, str]:
+    """Returns a training image as it is drawn, and the text below it."""
+    if not label.ndim:
+        return Image.fromarray(pixels), names[int(label)]
+    counts = np.bincount(label.ravel(), minlength=IGNORED + 1)[: len(names)]
+    largest = [names[index] for index in np.argsort(-counts, stable=True) if counts[index]]
+    return Image.fromarray(overlay(pixels, label, len(names))), ", ".join(largest)
 
 
 def save(sheet: Image.Image, output: str) -> None:

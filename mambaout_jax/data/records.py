@@ -1,7 +1,7 @@
 """What every source of images gives: random access to encoded images with their labels."""
 
 import abc
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -10,8 +10,10 @@ class Record(TypedDict):
     """One image as it is stored."""
 
     image: bytes  # the encoded file
-    label: int | np.ndarray  # the class, or int32 of the source's `label_shape`
+    # The class; int32 of the source's `label_shape`; or, for segmentation, the mask's encoded file.
+    label: int | np.ndarray | bytes
     name: str  # of the file or record, for messages
+    label_name: NotRequired[str]  # of the mask's file, for messages
 
 
 class Source(abc.ABC):

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from mambaout_jax.data.buffers import Batch
+from mambaout_jax.data.buffers import Arrays, Batch
 from mambaout_jax.data.chunks import Damages
 from mambaout_jax.data.examples import Share
 from mambaout_jax.data.records import Record, Source
@@ -50,7 +50,7 @@ class SyntheticBatches:
     def __init__(
         self,
         source: SyntheticSource,
-        shape: tuple[int, int],
+        arrays: Arrays,
         share: Share,
         seed: int,
         first: int,
@@ -60,7 +60,7 @@ class SyntheticBatches:
 
         Args:
           source: how many images and classes there are.
-          shape: (height, width) of an image.
+          arrays: of an example: "image", "label", and for segmentation others.
           share: of the process in each batch.
           seed: of the pixels and the labels.
           first: number of the first batch.
@@ -68,8 +68,18 @@ class SyntheticBatches:
         """
         rng = np.random.default_rng((seed, share.first))
         rows = share.rows + _SHIFTS
-        self._images = rng.integers(0, 256, (rows, *shape, 3), np.uint8)
-        self._labels = rng.integers(source.num_classes, size=rows, dtype=np.int32)
+        (_, image, _), (_, label, dtype), *others = arrays
+        self._arrays = {
+            "image": rng.integers(0, 256, (rows, *image), np.uint8),
+            "label": rng.integers(source.num_classes, size=(rows, *label), dtype=np.dtype(dtype)),
+        }
+        shapes = {name: shape for name, shape, _ in arrays}
+        for name, shape, _ in others:
+            if name.startswith("image"):  # at another scale
+                self._arrays[name] = rng.integers(0, 256, (rows, *shape), np.uint8)
+            else:
+                size = shapes[name.replace("input_size", "image").replace("label_size", "label")]
+                self._arrays[name] = np.tile(np.array(size[:2], np.int32), (rows, 1))
         self._length = len(source)
         self._share = share
         self._next = first
@@ -84,7 +94,7 @@ class SyntheticBatches:
         step = self._next
         self._next += 1
         rows = slice(step % _SHIFTS, step % _SHIFTS + self._share.rows)
-        batch = {"image": self._images[rows], "label": self._labels[rows]}
+        batch = {name: array[rows] for name, array in self._arrays.items()}
         if self._stop is None:
             return batch | {"replaced": np.zeros(self._share.rows, np.bool_)}, []
         position = self._share.position(step, 0)

@@ -4,6 +4,7 @@ One engine serves the evaluation between epochs, `--mode=eval` and the command `
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,15 @@ from mambaout_jax.models.mambaout import MambaOut, on_device
 from mambaout_jax.runtime.compilation import compiler_options
 from mambaout_jax.runtime.sharding import BATCH, global_batch, over_mesh
 
-Sums = dict[str, float]
+Sums = dict[str, Any]  # floats, or arrays of float64, which count exactly up to 2**53
+# The results that a person is shown, in words, all in percent.
+NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "macc": "mean accuracy",
+    "aacc": "pixel accuracy",
+}
 TOP = 5  # With so few classes or fewer, this accuracy is always 100%, and is left out.
 
 
@@ -81,13 +90,24 @@ def compile_eval_step(
     *,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    classes: Sequence[int] | None = None,
+    step: Callable[..., dict[str, jax.Array]] = eval_step,
+    **options: Any,
 ) -> jax.stages.Wrapped:
-    """Returns the jitted `eval_step` over the mesh; `shardings` are those of the parameters."""
+    """Returns a jitted step of evaluation over the mesh.
+
+    Args:
+        model: the network.
+        shardings: of the parameters.
+        mesh: of the devices.
+        mean: of R, G and B in [0, 1].
+        std: of R, G and B in [0, 1].
+        step: `eval_step`, or that of another task.
+        **options: of the step, such as `classes`.
+    """
     device = mesh.devices.flat[0]
     model = on_device(model, device)
     return jax.jit(
-        over_mesh(eval_step, mesh, model=model, mean=mean, std=std, classes=classes),
+        over_mesh(step, mesh, model=model, mean=mean, std=std, **options),
         in_shardings=(shardings, NamedSharding(mesh, BATCH)),
         out_shardings=NamedSharding(mesh, P()),
         compiler_options=compiler_options(device.platform),
@@ -106,12 +126,12 @@ def accumulate(
     The arguments and errors are those of `evaluate`. The host reads the sums of a step after it
     has started the next one.
     """
-    totals: dict[str, float] = collections.defaultdict(float)
+    totals: Sums = collections.defaultdict(float)
     running: collections.deque[dict[str, jax.Array]] = collections.deque()
 
     def read() -> None:
         for name, value in jax.device_get(running.popleft()).items():
-            totals[name] += value.item()
+            totals[name] += value.item() if value.ndim == 0 else value.astype(np.float64)
 
     for batch in batches:
         if stop_requested():
@@ -137,6 +157,7 @@ def evaluate(
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
     stop_requested: Callable[[], bool] = lambda: False,
+    results: Callable[[Sums], dict[str, float]] = means,
 ) -> dict[str, float]:
     """Evaluates a whole split.
 
@@ -146,20 +167,38 @@ def evaluate(
         batches: this process's part of each batch, padding masked.
         mesh: of the devices.
         stop_requested: called before each batch, the same number of times in every process.
+        results: of the sums over all batches, see `Measures`.
 
     Returns:
-        "loss", "top1" and "top5" (in percent) and "examples". With five classes or fewer there is
-        no "top5".
+        The results: of classification "loss", "top1" and "top5" (in percent) and "examples". With
+        five classes or fewer there is no "top5".
 
     Raises:
         StoppedError: a stop was requested.
     """
-    return means(accumulate(eval_step, params, batches, mesh, stop_requested))
+    return results(accumulate(eval_step, params, batches, mesh, stop_requested))
 
 
 def describe(results: Mapping[str, float], digits: int) -> str:
     """Returns the accuracies in words, such as "top-1 82.74%, top-5 96.17%"."""
-    names = {"top1": "top-1", "top5": "top-5"}
     return ", ".join(
-        f"{name} {results[key]:.{digits}f}%" for key, name in names.items() if key in results
+        f"{name} {results[key]:.{digits}f}%" for key, name in NAMES.items() if key in results
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """How a task is evaluated.
+
+    Attributes:
+        step: parameters and a batch to sums over the batch, with the arguments of `eval_step`.
+        results: the sums over all batches to the results, by name.
+        columns: of metrics.csv, each with the name of its result.
+    """
+
+    step: Callable[..., dict[str, jax.Array]]
+    results: Callable[[Sums], dict[str, float]]
+    columns: Mapping[str, str]
+
+
+CLASSES = Measures(eval_step, means, {"eval_loss": "loss", "top1": "top1", "top5": "top5"})

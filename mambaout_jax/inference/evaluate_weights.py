@@ -16,9 +16,16 @@ from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.data.loader import EvalBatches, LoaderOptions
 from mambaout_jax.data.preprocess import Preprocessing
+from mambaout_jax.data.segmentation.whole import WholeImages
 from mambaout_jax.data.sources import Source
 from mambaout_jax.errors import UserError
-from mambaout_jax.inference.evaluate import Sums, accumulate, compile_eval_step, means
+from mambaout_jax.inference.evaluate import (
+    CLASSES,
+    Measures,
+    Sums,
+    accumulate,
+    compile_eval_step,
+)
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.runtime.processes import all_or_none, check_alike, gather
 from mambaout_jax.runtime.sharding import make_mesh
@@ -33,10 +40,12 @@ class Evaluation:
 
     Attributes:
         results: as `evaluate` returns them.
+        sums: over all processes, of which the results were made.
         batch_size: images in a step of all devices, which fitted into memory.
     """
 
     results: dict[str, float]
+    sums: Sums
     batch_size: int
 
 
@@ -45,11 +54,13 @@ def evaluate_weights(
     info: WeightsInfo,
     source: Source,
     *,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | WholeImages,
     batch_size: int,
     loader: LoaderOptions,
     dtype: str = "float32",
     classes: Sequence[int] | None = None,
+    measures: Measures = CLASSES,
+    options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Evaluates weights on the images of a source; all processes must call it alike.
 
@@ -65,7 +76,9 @@ def evaluate_weights(
         batch_size: images in a step of all devices; rounded up to a multiple of their number.
         loader: processes and threads that decode.
         dtype: of the computation.
-        classes: see `eval_step`.
+        classes: see `eval_step`; None for other tasks than classification.
+        measures: of the task.
+        options: further ones of its step.
 
     Raises:
         UserError: the weights have no classes, the processes differ, an image cannot be decoded,
@@ -77,7 +90,9 @@ def evaluate_weights(
     mesh = make_mesh(devices=jax.local_devices())
     model = info.create_model(dtype=jnp.dtype(dtype))
     subset = None if classes is None else tuple(classes)
-    step = _compiled_once(model, mesh, preprocessing.mean, preprocessing.std, subset)
+    step_options = {"mean": preprocessing.mean, "std": preprocessing.std, **(options or {})}
+    step_options |= {} if subset is None else {"classes": subset}
+    step = _compiled_once(model, mesh, measures.step, tuple(step_options.items()))
     placed = jax.device_put(params, NamedSharding(mesh, P()))
     devices = jax.device_count()
     batch_size = -(-batch_size // devices) * devices
@@ -96,19 +111,18 @@ def evaluate_weights(
         batch_size = _smaller(batch_size, devices)
     if not sums.get("examples"):
         raise UserError(f"no image of {source.name} has a right class among those to evaluate")
-    return Evaluation(means(sums), batch_size)
+    return Evaluation(measures.results(sums), sums, batch_size)
 
 
 @functools.lru_cache(maxsize=1)  # checkpoints of the same network compile once
 def _compiled_once(
     model: MambaOut,
     mesh: Mesh,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    classes: tuple[int, ...] | None,
+    step: Callable[..., dict[str, jax.Array]],
+    options: tuple[tuple[str, Any], ...],
 ) -> Callable[..., dict[str, jax.Array]]:
     replicated = NamedSharding(mesh, P())
-    return compile_eval_step(model, replicated, mesh, mean=mean, std=std, classes=classes)
+    return compile_eval_step(model, replicated, mesh, step=step, **dict(options))
 
 
 def _sum_over_processes(
@@ -130,11 +144,11 @@ def _sum_over_processes(
     if jax.process_count() == 1:
         return sums
     total: Sums = collections.defaultdict(float)
-    for part in map(json.loads, gather(json.dumps(sums))):
+    for part in map(json.loads, gather(json.dumps(sums, default=np.ndarray.tolist))):
         if part is None:
             return None
         for name, value in part.items():
-            total[name] += value
+            total[name] += np.asarray(value) if isinstance(value, list) else value
     return total
 
 

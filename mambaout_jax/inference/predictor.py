@@ -105,6 +105,7 @@ class Predictor:
         Raises:
             UserError: the weights have no classes, or a number is out of range.
         """
+        info.check_task("classification", "use MaskPredictor, or predict --masks=DIR")
         if not info.num_classes:
             raise UserError("these weights have no classes to predict: expected some with a head")
         for name, number in (("batch size", batch_size), ("number of best classes", top)):

@@ -3,9 +3,12 @@
 A convolution or dense layer counts one MAC for each multiplication by its kernel, without the bias.
 A norm counts five for each element. A selective scan counts its multiplications: 4 S + 2 for each
 token and channel of S states (the exponent, the decay, the input, the output; the input's step size
-and the direct path). Attention counts its two products, 2 L² D. Activations, products, sums and
-means count none. fvcore's flop counter does the same for the convolutional network, and the counts
-round to the published ones.
+and the direct path). Attention counts its two products, 2 L² D. Activations, products, sums, means,
+resizing and BatchNorms count none. fvcore's flop counter does the same for the convolutional
+network, and the counts round to the published ones.
+
+The MACs are those of a prediction: a segmentation network's auxiliary head has parameters and none.
+The running statistics of a BatchNorm are not counted among the parameters.
 """
 
 import dataclasses
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 
 from mambaout_jax.models.layers import LayerNorm
 from mambaout_jax.models.ssm import SSM, STATE
+from mambaout_jax.models.upernet import AUXILIARY, STATISTICS
 from mambaout_jax.models.vit import Attention
 
 _NORM_MACS = 5  # for each element; fvcore calls it a rough estimate
@@ -59,13 +63,14 @@ def count_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if context.method_name != "__call__":
+        if context.method_name not in ("__call__", "features"):
             return call(*args, **kwargs)
         calls[module.path] = (type(module).__name__, ())  # before those of its parts
         output = call(*args, **kwargs)
         shape = _output_shape(module, output)
         calls[module.path] = (type(module).__name__, shape)
-        own_macs[module.path] = _own_macs(module, shape)
+        predicts = module.path[:1] != (AUXILIARY,)
+        own_macs[module.path] = _own_macs(module, shape) if predicts else 0
         return output
 
     inputs = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
@@ -74,6 +79,7 @@ def count_layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
     sizes = {
         tuple(key.key for key in path): math.prod(leaf.shape)
         for path, leaf in jax.tree.leaves_with_path(params)
+        if path[-1].key not in STATISTICS
     }
 
     def total(counts: dict[tuple[str, ...], int], path: tuple[str, ...]) -> int:
@@ -90,7 +96,7 @@ def _kernel(module: nn.Module) -> Any:
 
 
 def _output_shape(module: nn.Module, output: Any) -> tuple[int, ...]:
-    *_, last = output if isinstance(output, tuple) else (output,)
+    *_, last = output if isinstance(output, tuple | list) else (output,)
     kernel = _kernel(module)
     # A dense layer's output may be in parts and padded.
     channels = last.shape[-1] if kernel is None else kernel.shape[-1]

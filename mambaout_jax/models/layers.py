@@ -64,12 +64,12 @@ class Conv3x3Stride2(nn.Module):
 
 
 def convolve(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride: int, padding: Any
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, stride: int, padding: Any
 ) -> jax.Array:
-    """Convolves [N, H, W, C] with a kernel [kh, kw, C, features], and adds the bias."""
+    """Convolves [N, H, W, C] with a kernel [kh, kw, C, features], and adds the bias if given."""
     layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
     y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
-    return y + bias.reshape(1, 1, 1, -1)
+    return y if bias is None else y + bias.reshape(1, 1, 1, -1)
 
 
 class Dense(nn.Module):

@@ -37,6 +37,7 @@ from mambaout_jax.models.mixers import (
     stage_mixers,
 )
 from mambaout_jax.models.ssm import SSM
+from mambaout_jax.models.upernet import PREFIX, UperNet
 from mambaout_jax.models.variants import find_variant
 from mambaout_jax.models.vit import VITS, create_vit
 from mambaout_jax.ops import activate, gate_product, gated_block, gated_block_vmem, weighted
@@ -313,18 +314,30 @@ def create_model(
     """Returns the network of a variant, or of a variant changed by `overrides`.
 
     Args:
-        name: a variant, see `list_models`, or a ViT of `models.vit.VITS`.
-        num_classes: number of logits; None is 1000, 0 leaves the head out.
+        name: a variant, see `list_models`; a ViT of `models.vit.VITS`; or "upernet_" and a variant,
+            such as "upernet_mambaout_tiny": a segmentation network, see `models.upernet`.
+        num_classes: number of logits; None is 1000, of a segmentation network 150. 0 leaves the
+            head out, which a segmentation network cannot.
         drop_path_rate: probability of dropping the branch of the last block; the rates of the
             others rise linearly from 0.
         head_dropout_rate: dropout probability in the head.
         dtype: type of the computation; parameters and logits stay float32.
         **overrides: other fields of `MambaOut`, such as `remat=True`, `token_mixer="conv_ssm"` or
-            `depths=(1, 1, 2, 1)`.
+            `depths=(1, 1, 2, 1)`; of a segmentation network also `channels`.
 
     Raises:
-        UserError: when the name, an override, a token mixer or the kernel size is unknown.
+        UserError: when the name, an override, a token mixer or the kernel size is unknown, or a
+            segmentation network is to have no classes.
     """
+    if name.startswith(PREFIX):
+        heads = {"num_classes": 150 if num_classes is None else num_classes, "dtype": dtype}
+        heads |= {"head_dropout_rate": head_dropout_rate}
+        heads |= {key: overrides.pop(key) for key in ("channels",) if key in overrides}
+        heads |= {key: overrides[key] for key in ("gradient_dtype",) if key in overrides}
+        if not heads["num_classes"]:
+            raise UserError(f"{name} with num_classes=0: a segmentation network needs classes")
+        options = {"num_classes": 0, "drop_path_rate": drop_path_rate, "dtype": dtype}
+        return UperNet(create_model(name.removeprefix(PREFIX), **options, **overrides), **heads)
     if name in VITS:
         options = {"num_classes": 1000 if num_classes is None else num_classes, "dtype": dtype}
         rates = {"drop_path_rate": drop_path_rate, "head_dropout_rate": head_dropout_rate}
@@ -358,8 +371,10 @@ def create_model(
 def on_device(model: Any, device: jax.Device) -> Any:
     """Returns the model for programs that run on devices of this kind.
 
-    On TPUs its blocks are fused. The parameters and what the model computes are the same.
+    On TPUs its blocks are fused where `depthwise` is "auto". The parameters and what the model
+    computes are the same.
     """
-    if device.platform != "tpu" or not hasattr(model, "fused_vmem"):
+    fusable = getattr(model, "depthwise", None) == "auto" and hasattr(model, "fused_vmem")
+    if device.platform != "tpu" or not fusable:
         return model
     return model.clone(fused_vmem=vmem(device.device_kind))

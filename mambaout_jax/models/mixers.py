@@ -22,12 +22,13 @@ TOKEN_MIXERS = tuple(_SCANS)
 TOKEN_MIXER = "conv"  # the paper's
 KERNEL_SIZE = 7  # the paper's
 KERNEL_SIZES = range(3, 14, 2)
-# Options that are stored beside weights, those of a ViT too.
+# Options that are stored beside weights, those of a ViT and of a segmentation network too.
 DEFAULTS: dict[str, Any] = {
     "token_mixer": TOKEN_MIXER,
     "kernel_size": KERNEL_SIZE,
     "attention": "full",
     "image_size": 224,
+    "channels": 512,
 }
 
 
@@ -78,5 +79,8 @@ def mixer_options(model: Any) -> dict[str, Any]:
 
     They are stored beside the weights.
     """
-    options = {key: getattr(model, key, value) for key, value in DEFAULTS.items()}
+    backbone = getattr(model, "backbone", model)
+    options = {
+        key: getattr(model, key, getattr(backbone, key, value)) for key, value in DEFAULTS.items()
+    }
     return {key: value for key, value in options.items() if value != DEFAULTS[key]}

@@ -4,6 +4,7 @@ import dataclasses
 
 from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.errors import UserError, did_you_mean
+from mambaout_jax.models.upernet import PREFIX
 from mambaout_jax.models.variants import VARIANTS, find_variant
 from mambaout_jax.models.vit import VITS
 
@@ -35,10 +36,13 @@ class Pretrained:
 
 
 def variant_preprocessing(name: str) -> Preprocessing:
-    """Returns the evaluation preprocessing of a variant or a ViT at its default size."""
+    """Returns the evaluation preprocessing of a network at its default size."""
     if name in VITS:  # as timm's weights of these names have it
         half = (0.5, 0.5, 0.5)
         return Preprocessing(crop_pct=0.9, mean=half, std=half)
+    if name.startswith(PREFIX):  # the whole image, its short side of this size
+        find_variant(name.removeprefix(PREFIX))
+        return Preprocessing(size=512)
     variant = find_variant(name)
     return Preprocessing(size=variant.image_size, crop_pct=variant.crop_pct)
 

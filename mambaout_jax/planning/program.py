@@ -15,6 +15,7 @@ from mambaout_jax.build import build_model, build_optimizer, build_recipe, build
 from mambaout_jax.runtime.sharding import state_shardings
 from mambaout_jax.training.state import init_params, init_state
 from mambaout_jax.training.step import compile_train_step
+from mambaout_jax.training.task import TASKS
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -33,6 +34,8 @@ def lower_step(config: ConfigDict, mesh: Mesh, steps_per_epoch: int) -> jax.stag
         "image": jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((config.batch_size,), jnp.int32),
     }
+    if TASKS[config.task].dense:
+        batch["label"] = jax.ShapeDtypeStruct((config.batch_size, size, size), jnp.uint8)
     step: Any = compile_train_step(network, optimizer, recipe, state_shardings(state, mesh), mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return step.lower(state, batch, jax.ShapeDtypeStruct((2,), jnp.uint32))

@@ -17,7 +17,7 @@ from mambaout_jax.errors import UserError
 # The first rule whose pattern is found in a parameter's name holds; optimizer state and averages
 # have the names of their parameters. "largest" splits the largest axis that divides over `fsdp`.
 RULES: tuple[tuple[str, str], ...] = (
-    (r"(^|/)(bias|scale|layer_scale|a_log|d|cls_token|pos_embed)$", "replicated"),
+    (r"(^|/)(bias|scale|mean|var|layer_scale|a_log|d|cls_token|pos_embed)$", "replicated"),
     (r"blocks_\d+/conv/kernel$", "replicated"),
     (r"/kernel$", "largest"),
     (r"/ns_coeffs$", "replicated"),  # constants in the state of optax's Muon

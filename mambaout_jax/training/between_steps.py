@@ -55,9 +55,8 @@ def evaluate_and_record(
     try:
         with session.clock.of(goodput.EVALUATE):
             params = position.state.eval_params
-            results = evaluate(
-                programs.eval_step, params, run.eval_batches, run.mesh, session.stop.reached
-            )
+            parts = programs.eval_step, params, run.eval_batches, run.mesh, session.stop.reached
+            results = evaluate(*parts, run.task.measures.results)
     except StoppedError:
         position.evaluated = False
         return None
@@ -74,15 +73,15 @@ def evaluate_and_record(
         "epoch": epoch,
         "learning_rate": rate,
         "train_loss": position.losses.mean(),
-        "eval_loss": results["loss"],
-        "top1": results["top1"],
-        "top5": results.get("top5", math.nan),
     }
+    columns = run.task.measures.columns
+    row |= {column: results.get(name, math.nan) for column, name in columns.items()}
     session.recorder.row(row)
     position.rows = session.recorder.rows
+    loss = f"eval loss {results['loss']:.4f}, " if "loss" in results else ""
     logger.info(
-        "epoch %g/%g: train loss %.4f, eval loss %.4f, %s, lr %.2e",
-        *(epoch, steps.total / steps.per_epoch, row["train_loss"], row["eval_loss"]),
+        "epoch %g/%g: train loss %.4f, %s%s, lr %.2e",
+        *(epoch, steps.total / steps.per_epoch, row["train_loss"], loss),
         *(describe(results, digits=2), rate),
     )
     shares = session.clock.shares()

@@ -26,7 +26,7 @@ from mambaout_jax.files import write_json, writing
 from mambaout_jax.runtime.processes import all_or_none
 from mambaout_jax.runtime.storage import cause, is_transient, reading
 from mambaout_jax.training.state import TrainState
-from mambaout_jax.weights.info import WeightsInfo, with_checksum
+from mambaout_jax.weights.info import WeightsInfo, score, with_checksum
 from mambaout_jax.weights.integrity import fingerprints
 from mambaout_jax.weights.steps import (
     METADATA,
@@ -38,7 +38,6 @@ from mambaout_jax.weights.steps import (
 
 logger = logging.getLogger(__name__)
 
-METRIC = "top1"
 # What reading JSON of another kind raises; RecursionError: of brackets that go too deep.
 NOT_AS_SAVED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 
@@ -62,13 +61,13 @@ def open_checkpoints(workdir: epath.Path, keep: int) -> Iterator[ocp.CheckpointM
             [
                 policies.LatestN(keep),
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    get_metric_fn=score,
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 ),
             ]
         ),
-        best_fn=lambda metrics: metrics[METRIC],
+        best_fn=score,
         step_name_format=ocp.step.standard_name_format(),
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
@@ -222,13 +221,13 @@ def has_readable_metrics(step: epath.Path) -> bool:
     if not metrics.exists():
         return True
     try:
-        found = float(json.loads(reading(metrics.read_text, os.fspath(metrics)))[METRIC])
+        found = float(score(json.loads(reading(metrics.read_text, os.fspath(metrics)))))
     except (StorageError, AccessError):
         raise
     except NOT_AS_SAVED:
         return False
     try:
-        described = json.loads(reading(meta.read_text, os.fspath(meta)))["metrics"][METRIC]
+        described = score(json.loads(reading(meta.read_text, os.fspath(meta)))["metrics"])
     except (StorageError, AccessError):
         raise
     except (*NOT_AS_SAVED, OSError):

@@ -13,6 +13,7 @@ from etils import epath
 from mambaout_jax.bucket import absolute
 from mambaout_jax.data.workers import WorkerLostError
 from mambaout_jax.errors import PreemptedError
+from mambaout_jax.inference.evaluate import NAMES
 from mambaout_jax.models.flops import count_total
 from mambaout_jax.runtime import goodput
 from mambaout_jax.runtime.devices import peak_flops
@@ -35,6 +36,7 @@ from mambaout_jax.training.programs import Programs, compile_programs
 from mambaout_jax.training.progress import Progress
 from mambaout_jax.training.recorder import (
     METRICS,
+    POSITION_COLUMNS,
     Recorder,
     import_in_background,
     read_rows,
@@ -44,6 +46,7 @@ from mambaout_jax.training.restore import abstract_state, check_model, restore_n
 from mambaout_jax.training.run import Position, Run, world
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.weights.finetune import initial_params
+from mambaout_jax.weights.info import SCORES, score
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
         if position and position.step >= run.steps.total and position.evaluated:
             with all_or_none():
                 if jax.process_index() == 0:
-                    repair(workdir, position.rows, title(run, workdir))
+                    repair(workdir, position.rows, title(run, workdir), columns(run))
             logger.info("finished already: %s", summary(run, position, manager, workdir))
             return
         if jax.process_index() == 0:
@@ -113,7 +116,8 @@ def newest_position(
     run.batches.restore(data["batches"])
     rows = data.get("rows")
     if rows is None:  # a run of an older version
-        rows = [row for row in read_rows(workdir / METRICS) if row["step"] <= step]
+        rows = read_rows(workdir / METRICS, columns(run))
+        rows = [row for row in rows if row["step"] <= step]
     logger.info("resumed at step %d of %d", step, run.steps.total)
     if data.get("world") != world():
         logger.info("it was saved by %s; now there are %s", data.get("world"), world())
@@ -147,7 +151,7 @@ def open_session(
 ) -> Session:
     """Opens the recorder and the progress display, which `stack` closes."""
     primary = jax.process_index() == 0
-    height, width = run.preprocessing.shape
+    height, width = run.image_size
     layer = count_total(run.model, (height, width, 3))
     logger.info(
         "%s: %s parameters, %.3g GMACs at %dx%d; training images by %s",
@@ -167,6 +171,7 @@ def open_session(
             position.step,
             position.rows,
             title=title(run, workdir),
+            measures=run.task.measures.columns,
             wandb_project=run.wandb_project,
             enabled=primary,
         )
@@ -236,6 +241,11 @@ def next_batch(run: Run, session: Session) -> dict[str, np.ndarray]:
     return next(run.batches)
 
 
+def columns(run: Run) -> tuple[str, ...]:
+    """Returns the columns of metrics.csv."""
+    return (*POSITION_COLUMNS, *run.task.measures.columns)
+
+
 def title(run: Run, workdir: epath.Path) -> str:
     """Returns the title of the curves."""
     return f"{workdir.name}: {run.model_name} on {run.eval_batches.name}"
@@ -248,7 +258,9 @@ def summary(
     rows, best = {row["step"]: row for row in position.rows}, manager.best_step()
     parts = [f"{run.steps.total} steps"]
     if run.steps.total in rows:
-        parts.append(f"top-1 {rows[run.steps.total]['top1']:.2f}%")
+        last = rows[run.steps.total]
+        name = next(NAMES[key] for key in SCORES if key in last)
+        parts.append(f"{name} {score(last):.2f}%")
     if best in rows:
-        parts.append(f"best {rows[best]['top1']:.2f}% at step {best}")
+        parts.append(f"best {score(rows[best]):.2f}% at step {best}")
     return f"{', '.join(parts)}; checkpoints, metrics.csv and curves.png are in {workdir}"

@@ -35,17 +35,20 @@ def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     train_step = compile_train_step(run.model, run.optimizer, run.recipe, shardings, run.mesh)
-    mean, std = run.recipe.mean, run.recipe.std
-    eval_step = compile_eval_step(run.model, shardings.params, run.mesh, mean=mean, std=std)
+    options: dict[str, Any] = {"mean": run.recipe.mean, "std": run.recipe.std}
+    options |= {"step": run.task.measures.step, **run.eval_options}
+    eval_step = compile_eval_step(run.model, shardings.params, run.mesh, **options)
 
     def compile_evaluation() -> Callable[..., dict[str, jax.Array]]:
+        if run.task.dense:  # compiled for each size of images as it comes
+            return eval_step
         batch = abstract_batch(run.eval_batch_size, run.preprocessing.shape, run.mesh)
         return eval_step.lower(target.eval_params, batch).compile()
 
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     evaluation = pool.submit(compile_evaluation)
     pool.shutdown(wait=False)
-    batch = abstract_batch(run.batch_size, run.preprocessing.shape, run.mesh)
+    batch = abstract_batch(run.batch_size, run.image_size, run.mesh, run.task.dense)
     del batch["mask"]
     # On each device before the first step, so that no step moves it.
     key_data = jax.device_put(np.asarray(jax.random.key_data(key)), NamedSharding(run.mesh, P()))
@@ -57,15 +60,18 @@ def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
 
 
 def abstract_batch(
-    batch_size: int, size: tuple[int, int], mesh: Mesh
+    batch_size: int, size: tuple[int, int], mesh: Mesh, dense: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes and shardings of a global batch: "image", "label" and "mask"."""
+    """Returns shapes and shardings of a global batch: "image", "label" and "mask".
+
+    `dense` is that of the task.
+    """
 
     def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
 
     return {
         "image": leaf((batch_size, *size, 3), np.uint8),
-        "label": leaf((batch_size,), np.int32),
+        "label": leaf((batch_size, *size), np.uint8) if dense else leaf((batch_size,), np.int32),
         "mask": leaf((batch_size,), np.bool_),
     }

@@ -18,13 +18,15 @@ from etils import epath
 from mambaout_jax.bucket import is_bucket
 from mambaout_jax.errors import AccessError, StorageError, UserError
 from mambaout_jax.files import flush, write_file, writing
+from mambaout_jax.inference.evaluate import CLASSES
 from mambaout_jax.runtime.storage import reading
 from mambaout_jax.training.curves import draw_curves
 from mambaout_jax.training.events import open_events
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("step", "epoch", "learning_rate", "train_loss", "eval_loss", "top1", "top5")
+POSITION_COLUMNS = ("step", "epoch", "learning_rate", "train_loss")
+COLUMNS = (*POSITION_COLUMNS, *CLASSES.columns)
 METRICS, CURVES = "metrics.csv", "curves.png"
 
 Row = dict[str, Any]
@@ -43,6 +45,7 @@ class Recorder:
         rows: Sequence[Row] = (),
         *,
         title: str = "",
+        measures: Mapping[str, str] = CLASSES.columns,
         wandb_project: str = "",
         enabled: bool = True,
     ):
@@ -53,6 +56,7 @@ class Recorder:
             start_step: steps done before.
             rows: of the evaluations before.
             title: of the curves: the run, the model and the data.
+            measures: the columns of the task, each with the name of its result.
             wandb_project: of Weights & Biases; "": none.
             enabled: whether to write at all.
 
@@ -60,6 +64,7 @@ class Recorder:
             UserError: when wandb is asked for and not installed.
         """
         self.enabled, self.rows = enabled, list(rows)
+        self.measures = measures
         self.workdir, self.start_step, self.title = workdir, start_step, title
         self.events: Any = None
         self.wandb = start_wandb(workdir, wandb_project) if enabled and wandb_project else None
@@ -84,13 +89,14 @@ class Recorder:
             self.wandb.log(values, step=step)
 
     def row(self, values: Row) -> None:
-        """Adds a row of all `COLUMNS`, and draws the curves again."""
-        self.rows.append({column: values[column] for column in COLUMNS})
+        """Adds a row of all columns, and draws the curves again."""
+        columns = (*POSITION_COLUMNS, *self.measures)
+        self.rows.append({column: values[column] for column in columns})
         if not self.enabled:
             return
-        write_rows(self.rows, self.workdir / METRICS)
-        names = {"eval_loss": "eval/loss", "top1": "eval/top1", "top5": "eval/top5"}
-        self.scalars(int(values["step"]), {names[key]: values[key] for key in names})
+        write_rows(self.rows, self.workdir / METRICS, columns)
+        scalars = {f"eval/{name}": values[column] for column, name in self.measures.items()}
+        self.scalars(int(values["step"]), scalars)
         draw_curves(self.rows, self.workdir / CURVES, self.title)
 
     def flush(self) -> None:
@@ -134,7 +140,7 @@ def import_in_background() -> None:
     threading.Thread(target=imports, name="imports").start()
 
 
-def write_rows(rows: Sequence[Row], path: epath.Path) -> None:
+def write_rows(rows: Sequence[Row], path: epath.Path, columns: Sequence[str]) -> None:
     """Writes a metrics.csv.
 
     Raises:
@@ -142,42 +148,45 @@ def write_rows(rows: Sequence[Row], path: epath.Path) -> None:
         UserError: when it cannot be written.
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, text.getvalue())
 
 
-def repair(workdir: epath.Path, rows: Sequence[Row], title: str) -> None:
+def repair(
+    workdir: epath.Path, rows: Sequence[Row], title: str, columns: Sequence[str] = COLUMNS
+) -> None:
     """Writes metrics.csv and curves.png of a finished run again where they are not whole.
 
     Args:
         workdir: of the run.
         rows: of the last checkpoint.
         title: of the curves.
+        columns: of metrics.csv.
     """
     try:
         # As text, for NaN does not equal itself.
-        whole = repr(typed(rows)) == repr(read_rows(workdir / METRICS))
+        whole = repr(typed(rows, columns)) == repr(read_rows(workdir / METRICS, columns))
     except (StorageError, AccessError):
         raise
     except UserError:
         whole = False
     if rows and not (whole and (workdir / CURVES).exists()):
         logger.warning("%s or %s is not whole: writing both again", workdir / METRICS, CURVES)
-        write_rows(rows, workdir / METRICS)
+        write_rows(rows, workdir / METRICS, columns)
         draw_curves(rows, workdir / CURVES, title)
 
 
-def typed(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+def typed(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> list[Row]:
     """Returns rows with numbers in place of texts, or raises what `read_rows` catches."""
     return [
-        {key: int(row[key]) if key == "step" else float(row[key]) for key in COLUMNS}
+        {key: int(row[key]) if key == "step" else float(row[key]) for key in columns}
         for row in rows
     ]
 
 
-def read_rows(path: epath.Path) -> list[Row]:
+def read_rows(path: epath.Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """Returns the rows of a metrics.csv, none where there is no such file.
 
     Raises:
@@ -189,7 +198,7 @@ def read_rows(path: epath.Path) -> list[Row]:
         text = reading(path.read_text, os.fspath(path))
         if not text.endswith("\n"):
             raise ValueError("it is cut off")
-        return typed(csv.DictReader(text.splitlines()))
+        return typed(csv.DictReader(text.splitlines()), columns)
     except (StorageError, AccessError):
         raise
     except (ValueError, KeyError, TypeError, OSError, csv.Error):

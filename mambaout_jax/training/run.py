@@ -13,10 +13,11 @@ from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.models.mambaout import MambaOut
 from mambaout_jax.models.mixers import mixer_options
 from mambaout_jax.training.metrics import LossMeter
+from mambaout_jax.training.recipe import Recipe
 from mambaout_jax.training.recorder import Row
-from mambaout_jax.training.schedule import CosineSchedule
+from mambaout_jax.training.schedule import Schedule
 from mambaout_jax.training.state import TrainState, init_params, init_state
-from mambaout_jax.training.step import Recipe
+from mambaout_jax.training.task import TASKS, Task
 from mambaout_jax.weights.info import WeightsInfo
 
 
@@ -43,7 +44,9 @@ class Run:
         batch_size: examples in a step.
         eval_batches: of evaluation, of `eval_batch_size` examples over all processes.
         eval_batch_size: examples in a step of evaluation.
+        eval_options: of the task's step of evaluation.
         preprocessing: of evaluation's images.
+        image_size: (height, width) of training's.
         model: the network.
         model_name: its variant.
         schedule: the learning rate.
@@ -65,10 +68,12 @@ class Run:
     batch_size: int
     eval_batches: EvalBatches
     eval_batch_size: int
+    eval_options: Mapping[str, Any]
     preprocessing: Preprocessing
+    image_size: tuple[int, int]
     model: MambaOut
     model_name: str
-    schedule: CosineSchedule
+    schedule: Schedule
     optimizer: optax.GradientTransformation
     recipe: Recipe
     steps: Steps
@@ -80,10 +85,15 @@ class Run:
     free_keys: Sequence[str]
     added_keys: Mapping[str, Any]
 
+    @property
+    def task(self) -> Task:
+        """What the run learns."""
+        return TASKS[self.recipe.task]
+
     def initial_state(self, key: jax.Array, params: Any = None) -> TrainState:
         """Returns the state before the first step, with new parameters or these. Traceable."""
         if params is None:
-            params = init_params(key, self.model, self.preprocessing.shape)
+            params = init_params(key, self.model, self.image_size)
         return init_state(params, self.optimizer, ema=self.recipe.ema_decay > 0)
 
     def weights_info(self, results: Mapping[str, float] | None = None) -> WeightsInfo:

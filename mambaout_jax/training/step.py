@@ -1,6 +1,5 @@
 """One step of training, one of evaluation, and their compilation over a mesh."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,93 +7,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.models.mambaout import MambaOut, on_device
+from mambaout_jax.models.upernet import BATCH_STATS, running_statistics
 from mambaout_jax.runtime.compilation import compiler_options
 from mambaout_jax.runtime.sharding import BATCH, over_mesh
-from mambaout_jax.training.mixing import Mixing, augment_batch
+from mambaout_jax.training.recipe import Batch, Recipe
 from mambaout_jax.training.state import TrainState
-
-Batch = dict[str, jax.Array]
-
-
-def bce(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns the binary cross entropy of each example, the mean over classes.
-
-    Source: timm's `BinaryCrossEntropy` without a threshold.
-
-    Args:
-        logits: float32 [N, classes].
-        targets: [N, classes], from 0 to 1.
-    """
-    return optax.sigmoid_binary_cross_entropy(logits, targets).mean(axis=-1)
-
-
-# Functions of logits and targets [N, classes] to losses [N].
-LOSSES: dict[str, Callable[[Any, Any], jax.Array]] = {
-    "softmax": optax.softmax_cross_entropy,
-    "bce": bce,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a step does besides the model and the optimizer; the names are the configuration's."""
-
-    num_classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    label_smoothing: float = 0.0
-    loss: str = "softmax"  # one of LOSSES
-    random_erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    mixup_off_step: int = 0  # the first step without mixing; 0: never
-    mixup_group: int = 0  # images that are mixed by one draw; 0: the whole batch
-    repeats: int = 1  # copies of an image in a row
-    accumulate_steps: int = 1
-    ema_decay: float = 0.0
+from mambaout_jax.training.task import TASKS
 
 
 def augment(key: jax.Array, step: jax.Array, batch: Batch, recipe: Recipe) -> Batch:
-    """Turns uint8 images and labels into mixed float32 images and targets [N, classes]."""
-    mixing = Mixing(
-        num_classes=recipe.num_classes,
-        smoothing=recipe.label_smoothing,
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        prob=recipe.mixup_prob,
-        switch_prob=recipe.mixup_switch_prob,
-        group=recipe.mixup_group,
-        repeats=recipe.repeats,
-    )
-    images, targets = augment_batch(
-        key,
-        batch["image"],
-        batch["label"],
-        mixing,
-        mean=recipe.mean,
-        std=recipe.std,
-        erasing=recipe.random_erasing,
-        enabled=step < recipe.mixup_off_step if recipe.mixup_off_step else True,
-    )
-    return {"image": images, "target": targets}
+    """Turns a batch of the loader into the inputs of the task's loss."""
+    return TASKS[recipe.task].augment(key, step, batch, recipe)
 
 
 def mean_gradient(
-    loss_fn: Callable[[Any, Batch, jax.Array], jax.Array],
+    loss_fn: Callable[[Any, Batch, jax.Array], tuple[jax.Array, Any]],
     params: Any,
     batch: Batch,
     key: jax.Array,
     parts: int,
-) -> tuple[jax.Array, Any]:
-    """Returns the loss of a batch and its gradient, from `parts` parts one after the other."""
+) -> tuple[tuple[jax.Array, Any], Any]:
+    """Returns the loss of a batch and the network's new statistics, and the loss's gradient.
+
+    They are the means over `parts` parts, one after the other.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if parts == 1:
-        return jax.value_and_grad(loss_fn)(params, batch, key)
+        return value_and_grad(params, batch, key)
 
     # Each part takes every parts-th example, so that no example leaves its device.
     def split(array: jax.Array) -> jax.Array:
@@ -102,12 +46,24 @@ def mean_gradient(
 
     def accumulate(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         part_batch, index = part
-        value = jax.value_and_grad(loss_fn)(params, part_batch, jax.random.fold_in(key, index))
+        value = value_and_grad(params, part_batch, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, value), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    zero = ((jnp.zeros(()), running_statistics(zeros)), zeros)
     total, _ = jax.lax.scan(accumulate, zero, (jax.tree.map(split, batch), jnp.arange(parts)))
     return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def forward(
+    model: MambaOut, params: Any, images: jax.Array, key: jax.Array
+) -> tuple[Any, dict[str, Any]]:
+    """Returns a network's outputs in training, and new running statistics if it has any."""
+    variables, rngs = {"params": params}, {"dropout": key}
+    if not running_statistics(params):
+        return model.apply(variables, images, True, rngs=rngs), {}
+    outputs, new = model.apply(variables, images, True, rngs=rngs, mutable=[BATCH_STATS])
+    return outputs, new[BATCH_STATS]
 
 
 def update_step(
@@ -119,7 +75,7 @@ def update_step(
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Updates the state by a prepared batch: "image" float32 [N, H, W, 3], "target" [N, classes].
+    """Updates the state by a prepared batch, as the task's `augment` returns it.
 
     A step whose loss or gradient is not finite counts, and changes nothing else.
 
@@ -128,15 +84,18 @@ def update_step(
         and "grad_norm" (before clipping).
     """
 
-    def loss_fn(params: Any, part: Batch, key: jax.Array) -> jax.Array:
-        logits = model.apply({"params": params}, part["image"], True, rngs={"dropout": key})
-        return LOSSES[recipe.loss](logits, part["target"]).mean()
+    def loss_fn(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        outputs, statistics = forward(model, params, part["image"], key)
+        return TASKS[recipe.task].loss(outputs, part, recipe), statistics
 
-    loss, grads = mean_gradient(loss_fn, state.params, inputs, key, recipe.accumulate_steps)
+    parts = recipe.accumulate_steps
+    (loss, statistics), grads = mean_gradient(loss_fn, state.params, inputs, key, parts)
     grad_norm = optax.tree.norm(grads)
     loss = jnp.where(jnp.isfinite(grad_norm), loss, jnp.nan)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if statistics:
+        params = unflatten_dict({**flatten_dict(params), **flatten_dict(statistics)})
     ema_params = state.ema_params
     if recipe.ema_decay:
         ema_params = optax.incremental_update(params, ema_params, 1 - recipe.ema_decay)
@@ -160,7 +119,7 @@ def train_step(
 
     Args:
         state: the state before the step.
-        batch: "image" uint8 [N, H, W, 3] and "label" int32 [N].
+        batch: "image" uint8 [N, H, W, 3] and "label" of the loader.
         key: the run's training key; the step's number is folded into it here.
         model: the network.
         optimizer: what turns gradients into updates.

@@ -5,12 +5,16 @@ from collections.abc import Mapping
 from typing import Literal
 
 from mambaout_jax.errors import UserError
+from mambaout_jax.models.upernet import PREFIX
 from mambaout_jax.models.variants import VARIANTS, Variant
 from mambaout_jax.models.vit import VITS
 
 Layout = Literal["timm", "original"]
 Shapes = Mapping[str, tuple[int, ...]]
 
+# Of mmsegmentation's segmentation networks; the backbone's tensors have names in either layout.
+BACKBONE = "backbone."
+SEGMENTATION_LAST = "decode_head.conv_seg.bias"
 LAST_LAYER = {"timm": "head.fc.bias", "original": "head.fc2.bias"}
 VIT_KERNEL = "patch_embed.proj.weight"
 _BLOCK = {
@@ -25,9 +29,10 @@ def find_layout(names: Mapping[str, object]) -> Layout:
     Raises:
         UserError: it is neither.
     """
-    if any(name.startswith("downsample_layers.") for name in names):
+    bare = [name.removeprefix(BACKBONE) for name in names]
+    if any(name.startswith("downsample_layers.") for name in bare):
         return "original"
-    if any(name.startswith(("stem.", "patch_embed.")) for name in names):
+    if any(name.startswith(("stem.", "patch_embed.")) for name in bare):
         return "timm"
     found = ", ".join(str(name)[:60] for name in list(names)[:3])
     raise UserError(
@@ -39,12 +44,20 @@ def find_layout(names: Mapping[str, object]) -> Layout:
 def find_classes(shapes: Shapes) -> int:
     """Returns the number of classes, 0 if the last layer is missing."""
     last = "head.bias" if VIT_KERNEL in shapes else LAST_LAYER[find_layout(shapes)]
+    last = SEGMENTATION_LAST if SEGMENTATION_LAST in shapes else last
     shape = shapes.get(last, ())
     return shape[0] if shape else 0
 
 
 def candidates(shapes: Shapes) -> list[str]:
     """Returns the variants whose depths and widths agree with the tensors that were found."""
+    if SEGMENTATION_LAST in shapes:
+        inner = {
+            name.removeprefix(BACKBONE): shape
+            for name, shape in shapes.items()
+            if name.startswith(BACKBONE)
+        }
+        return [PREFIX + name for name in candidates(inner)]
     layout = find_layout(shapes)
     if VIT_KERNEL in shapes:
         return [name for name, (width, _) in VITS.items() if width == shapes[VIT_KERNEL][0]]

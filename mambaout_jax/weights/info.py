@@ -9,6 +9,7 @@ from typing import Any
 from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.errors import UserError, first_line
 from mambaout_jax.models.mambaout import MambaOut, create_model
+from mambaout_jax.models.upernet import PREFIX
 
 # Version of a checkpoint's format, in the record's "format" key. A record without the key is older:
 # it has no checksum and no fingerprints, and is read as before. Any change that this version cannot
@@ -18,6 +19,22 @@ FORMAT = 1
 
 class NewerFormatError(UserError):
     """A checkpoint that a later version of this package wrote. It is not damaged."""
+
+
+# The results that decide which checkpoint is best, in percent: an evaluation has one of them.
+SCORES = ("top1", "miou")
+
+
+def score(results: Mapping[str, float]) -> float:
+    """Returns the result that decides which checkpoint is best.
+
+    Raises:
+        KeyError: there is none.
+    """
+    found = [results[name] for name in SCORES if name in results]
+    if not found:
+        raise KeyError(f"none of {', '.join(SCORES)}")
+    return found[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +49,7 @@ class WeightsInfo:
         class_names: a name for each logit, in order; None if unknown.
         source: where the weights come from: a file, a hub name or a run.
         averaged: whether the checkpoint has `ema_params`, which are then the ones to use.
-        metrics: results of an evaluation; "top1" (percent) decides which step of a run is best.
+        metrics: results of an evaluation; `score` decides which step of a run is best.
         digest: `integrity.digest` of the parameters; "" in the checkpoints of a run.
         fingerprints: `integrity.fingerprints` of the items of a run's checkpoint.
     """
@@ -81,6 +98,24 @@ class WeightsInfo:
             return cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the description of {name} is damaged: {first_line(error)}") from error
+
+    @property
+    def task(self) -> str:
+        """What the network was trained for: "classification" or "segmentation"."""
+        return "segmentation" if self.model.startswith(PREFIX) else "classification"
+
+    def check_task(self, task: str, instead: str) -> None:
+        """Checks that the weights are of a task.
+
+        Args:
+            task: the one that is needed.
+            instead: what weights of the other one are for, in an error.
+
+        Raises:
+            UserError: they are of another.
+        """
+        if self.task != task:
+            raise UserError(f"{self.model} is a network of {self.task}, not of {task}: {instead}")
 
     def create_model(self, **options: Any) -> MambaOut:
         """Returns the module that takes these weights; `options` as in `create_model`."""

@@ -19,6 +19,7 @@ from mambaout_jax.models.pretrained import (
     find_pretrained,
     preprocessing,
 )
+from mambaout_jax.models.upernet import PREFIX
 from mambaout_jax.models.variants import VARIANTS, find_variant
 from mambaout_jax.models.vit import VITS
 from mambaout_jax.weights.head import fit_head
@@ -209,5 +210,5 @@ def _variant(name: str) -> str:
     if "." in name:
         return find_pretrained(name).variant
     if name not in VITS:
-        find_variant(name)
+        find_variant(name.removeprefix(PREFIX))
     return name

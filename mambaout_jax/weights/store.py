@@ -23,7 +23,7 @@ from mambaout_jax.bucket import absolute, failed, http_status, io_errors, is_buc
 from mambaout_jax.errors import UserError, first_line
 from mambaout_jax.runtime.event_loops import ignore_closed_event_loops
 from mambaout_jax.runtime.storage import reading
-from mambaout_jax.weights.info import WeightsInfo
+from mambaout_jax.weights.info import WeightsInfo, score
 from mambaout_jax.weights.integrity import digest, fingerprints
 from mambaout_jax.weights.output import check_absent, check_space
 from mambaout_jax.weights.shapes import mismatches, param_shapes, tree_shapes
@@ -71,7 +71,7 @@ def save_weights(
 def load_weights(directory: epath.PathLike) -> tuple[dict[str, Any], WeightsInfo]:
     """Reads a converted checkpoint, one step of a run, or the best step of a run.
 
-    Of a run's working directory the step with the highest top-1 is read, or the newest if none was
+    Of a run's working directory the step with the best result is read, or the newest if none was
     evaluated; of a step with averaged parameters, these. The arrays are compared with the digest or
     the fingerprint in the description. Checkpoints of runs from before format 1 have neither.
 
@@ -125,8 +125,12 @@ def _find(directory: epath.Path) -> tuple[epath.Path, WeightsInfo]:
             f"no weights in {directory}: expected a converted checkpoint (params/ and meta/), a "
             "step of a run's checkpoints, or a run's working directory"
         )
-    best = max(infos, key=lambda step: (infos[step][1].metrics.get("top1", -1.0), step))
-    return infos[best]
+
+    def rank(step: int) -> tuple[float, int]:
+        metrics = infos[step][1].metrics
+        return score(metrics) if metrics else -1.0, step
+
+    return infos[max(infos, key=rank)]
 
 
 def _read_info(directory: epath.Path) -> WeightsInfo:

@@ -1,6 +1,8 @@
 """Parameter names in PyTorch's two layouts and in ours: one table, read in both directions.
 
-"original" is the layout of the paper's repository, "timm" is timm's. Both sides are numpy arrays.
+"original" is the layout of the paper's repository, "timm" is timm's. A segmentation network has the
+names of mmsegmentation's UperNet, and its backbone those of either layout after "backbone.". Both
+sides are numpy arrays.
 """
 
 import dataclasses
@@ -15,7 +17,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from mambaout_jax.errors import UserError
 from mambaout_jax.models.mambaout import MambaOut, create_model
 from mambaout_jax.models.mixers import stage_mixers
-from mambaout_jax.weights.identify import Layout, Shapes, candidates, find_classes, find_layout
+from mambaout_jax.models.upernet import PREFIX
+from mambaout_jax.weights.identify import (
+    BACKBONE,
+    Layout,
+    Shapes,
+    candidates,
+    find_classes,
+    find_layout,
+)
 from mambaout_jax.weights.shapes import mismatches, param_shapes
 
 # Ours, original, timm. {s} is a stage, {b} a block; a row is a module or a parameter.
@@ -48,8 +58,34 @@ TABLE: tuple[tuple[str, str | None, str], ...] = (
     ("norm", None, "norm"),
     ("head", None, "head"),
 )
+# The heads of a segmentation network: ours, mmsegmentation's. {s} is a number.
+HEADS: tuple[tuple[str, str], ...] = (
+    ("norms_{s}", "backbone.norm{s}"),
+    ("decode_head/psp_modules_{s}/conv", "decode_head.psp_modules.{s}.1.conv"),
+    ("decode_head/psp_modules_{s}/bn", "decode_head.psp_modules.{s}.1.bn"),
+    ("decode_head/bottleneck/conv", "decode_head.bottleneck.conv"),
+    ("decode_head/bottleneck/bn", "decode_head.bottleneck.bn"),
+    ("decode_head/lateral_convs_{s}/conv", "decode_head.lateral_convs.{s}.conv"),
+    ("decode_head/lateral_convs_{s}/bn", "decode_head.lateral_convs.{s}.bn"),
+    ("decode_head/fpn_convs_{s}/conv", "decode_head.fpn_convs.{s}.conv"),
+    ("decode_head/fpn_convs_{s}/bn", "decode_head.fpn_convs.{s}.bn"),
+    ("decode_head/fpn_bottleneck/conv", "decode_head.fpn_bottleneck.conv"),
+    ("decode_head/fpn_bottleneck/bn", "decode_head.fpn_bottleneck.bn"),
+    ("decode_head/conv_seg", "decode_head.conv_seg"),
+    ("auxiliary_head/convs_0/conv", "auxiliary_head.convs.0.conv"),
+    ("auxiliary_head/convs_0/bn", "auxiliary_head.convs.0.bn"),
+    ("auxiliary_head/conv_seg", "auxiliary_head.conv_seg"),
+)
+# Counts of batches in torch's BatchNorm, which nothing here needs.
+COUNTER = ".num_batches_tracked"
 # Our names of a module's parameters to torch's.
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 # Axes of a torch kernel in our order, and back: OIHW and HWIO; (out, in) and (in, out).
 TO_OURS = {4: (2, 3, 1, 0), 3: (0, 1, 2), 2: (1, 0), 1: (0,)}
 TO_TORCH = {4: (3, 2, 0, 1), 3: (0, 1, 2), 2: (1, 0), 1: (0,)}
@@ -70,8 +106,10 @@ def torch_name(path: tuple[str, ...], layout: Layout) -> str:
     Raises:
         UserError: the layout has no such parameter.
     """
+    if path[0] == "backbone":
+        return f"{BACKBONE}{torch_name(path[1:], layout)}"
     found = []
-    for ours, original, timm in TABLE:
+    for ours, original, timm in (*TABLE, *((ours, name, name) for ours, name in HEADS)):
         theirs = original if layout == "original" else timm
         pattern = re.escape(ours).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
         match = re.fullmatch(rf"{pattern}(?:/(?P<leaf>\w+))?", "/".join(path))
@@ -98,7 +136,8 @@ def torch_tensors(model: MambaOut, layout: Layout) -> Iterator[Tensor]:
         yield Tensor(path, torch_name(path, layout), _torch_shape(shape))
 
 
-def _check_mixer(model: MambaOut) -> None:
+def _check_mixer(model: Any) -> None:
+    model = getattr(model, "backbone", model)
     if not isinstance(model, MambaOut):  # a ViT
         return
     if set(stage_mixers(model.token_mixer, len(model.depths))) != {"conv"}:
@@ -121,10 +160,12 @@ def from_torch(
 ) -> dict[str, Any]:
     """Converts a torch state dict, of either layout, to parameters.
 
+    A segmentation network is read from the names of mmsegmentation.
+
     Args:
         state_dict: torch's names to arrays of float16, bfloat16, float32 or float64.
         name: the variant, or the model itself.
-        num_classes: width of the logits if `name` is a variant; 1000 if it is None.
+        num_classes: width of the logits if `name` is a variant; that of `create_model` if None.
         allow_non_finite: whether to accept NaN and infinity.
 
     Returns:
@@ -135,6 +176,7 @@ def from_torch(
             listed, with the variant that fits if there is one.
     """
     model = create_model(name, num_classes=num_classes) if isinstance(name, str) else name
+    state_dict = {key: x for key, x in state_dict.items() if not key.endswith(COUNTER)}
     check_shapes({name: np.shape(array) for name, array in state_dict.items()}, model, name)
     params, errors = {}, []
     for tensor in sorted(torch_tensors(model, find_layout(state_dict)), key=lambda x: x.name):
@@ -165,6 +207,7 @@ def check_shapes(shapes: Shapes, model: MambaOut, name: str | MambaOut) -> None:
             fits if there is one.
     """
     layout = find_layout(shapes)
+    shapes = {key: shape for key, shape in shapes.items() if not key.endswith(COUNTER)}
     errors = mismatches(shapes, {x.name: x.shape for x in torch_tensors(model, layout)})
     if errors:
         title = name if isinstance(name, str) else "the model"
@@ -190,7 +233,8 @@ def to_torch(
         raise UserError(f"unknown layout {layout!r}: expected 'timm' or 'original'")
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     if isinstance(name, str):
-        classes = flat.get(("head", "fc2", "bias"), np.empty(0)).size
+        last = ("decode_head", "conv_seg") if name.startswith(PREFIX) else ("head", "fc2")
+        classes = flat.get((*last, "bias"), np.empty(0)).size
         model, title = create_model(name, num_classes=classes), name
     else:
         model, title = name, "the model"

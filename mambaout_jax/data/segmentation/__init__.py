@@ -1,0 +1,1 @@
+"""Semantic segmentation: images with masks, their augmentation and their evaluation pixels."""

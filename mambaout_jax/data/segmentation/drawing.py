@@ -1,0 +1,55 @@
+"""Masks as a person sees them: palette files, and overlays on images."""
+
+import numpy as np
+from PIL import Image
+
+from mambaout_jax.data.segmentation.masks import IGNORED
+
+_OPACITY = 0.5
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """Returns a colour for each class, uint8 [num_classes, 3], none of them black.
+
+    The colours are those of PASCAL VOC from its first object on: each three bits of a number, from
+    the lowest, are the next bits of red, green and blue, from the highest.
+    """
+    numbers = np.arange(1, num_classes + 1)[:, None]
+    colours = np.zeros((num_classes, 3), np.int64)
+    for bit in range(8):
+        colours |= (numbers >> (3 * bit + np.arange(3)) & 1) << (7 - bit)
+    return colours.astype(np.uint8)
+
+
+def palette_image(labels: np.ndarray, num_classes: int) -> Image.Image:
+    """Returns labels [H, W] as an image of mode "P" whose values they are; IGNORED is black."""
+    image = Image.fromarray(labels.astype(np.uint8))
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:num_classes] = palette(num_classes)
+    image.putpalette(colours.tobytes())  # makes it an image of mode "P"
+    return image
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Returns an image uint8 [H, W, 3] under the half transparent colours of labels [H, W].
+
+    IGNORED pixels stay as they are.
+    """
+    coloured = np.asarray(palette_image(labels, num_classes).convert("RGB"), np.float32)
+    mixed = np.round(image + _OPACITY * (coloured - image)).astype(np.uint8)
+    return np.where((labels == IGNORED)[..., None], image, mixed)
+
+
+def panel(
+    image: np.ndarray, labels: np.ndarray, predicted: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """Returns an image, its labels and the predicted ones over it, side by side, uint8 [H, 3W, 3].
+
+    Args:
+        image: uint8 [H, W, 3].
+        labels: [H, W].
+        predicted: [H, W].
+        num_classes: the number of classes.
+    """
+    overlays = [overlay(image, each, num_classes) for each in (labels, predicted)]
+    return np.concatenate([image, *overlays], axis=1)
