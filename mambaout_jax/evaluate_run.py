@@ -38,10 +38,11 @@ logger = logging.getLogger(__name__)
 def evaluate_workdir(
     config: ConfigDict, workdir: epath.Path, given: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Evaluates `config.init_from`, or the best checkpoint of the workdir, on the evaluation split.
+    """Evaluates the best checkpoint of a run, or any weights, on the evaluation split.
 
     A workdir with a run is evaluated with the run's own config, but for the keys that the command
-    line sets, and `init_from`. The result is logged and written to WORKDIR/eval.json.
+    line sets; if it sets `init_from`, those weights are evaluated, as they are in a workdir without
+    a run. The result is logged and written to WORKDIR/eval.json.
 
     Args:
         config: of the command line.
@@ -55,7 +56,9 @@ def evaluate_workdir(
     workdir = absolute(workdir)
     with all_or_none():
         if (workdir / RECORD).exists():
-            configuration.overlay(config, read_record(workdir), {*given, "init_from"})
+            configuration.overlay(config, read_record(workdir), given)
+            if "init_from" not in given:
+                config.init_from = ""  # the run began with those; now it has its own
     check_alike(config=json.dumps(configuration.shared(config), sort_keys=True))
     configuration.check(config)
     weights = str(config.init_from or workdir)

@@ -173,6 +173,7 @@ def gradients(block, params, x, target):
     return jax.value_and_grad(loss, (0, 1))(params, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
 def test_a_fused_block_has_the_same_parameters_and_gradients(options):
     block, params, x, target = block_and_data(**options)

@@ -251,6 +251,7 @@ def test_evaluation_of_a_workdir_uses_the_runs_own_config(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     config = configuration.load_config(small_run.ROOT / "configs/quickstart.py")
     config.eval.batch_size = 24
+    config.init_from = "weights-to-start-from"  # of the config's file: the run has its own now
     report = evaluate_workdir(config, tmp_path / "run", {"eval.batch_size"})
     assert report["examples"] == 30
     assert report["data"] == "digits/1.0.0/validation[:30]"

@@ -271,7 +271,7 @@ def test_a_stop_in_an_evaluation_is_made_up_for(finished, tmp_path, monkeypatch,
     evaluate = between_steps.evaluate
     calls = []
 
-    def stopped_in_the_second(eval_step, params, batches, mesh, stop_requested):
+    def stopped_in_the_second(eval_step, params, batches, mesh, stop_requested, *rest):
         def with_signal():
             calls.append(None)
             if len(calls) == 4:  # two batches an evaluation
@@ -280,7 +280,7 @@ def test_a_stop_in_an_evaluation_is_made_up_for(finished, tmp_path, monkeypatch,
                     time.sleep(0.01)
             return stop_requested()
 
-        return evaluate(eval_step, params, batches, mesh, with_signal)
+        return evaluate(eval_step, params, batches, mesh, with_signal, *rest)
 
     monkeypatch.setattr(between_steps, "evaluate", stopped_in_the_second)
     with pytest.raises(PreemptedError, match="saved at step 8 of 12"):

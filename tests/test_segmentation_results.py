@@ -130,6 +130,7 @@ def test_labels_beyond_the_logits_classes_are_not_counted(case):
     np.testing.assert_array_equal(fewer.sum(axis=1), whole.sum(axis=1)[:2])
 
 
+@pytest.mark.slow
 def test_views_are_averaged_at_the_original_size(case):
     logits, batch, _ = case
     rng = np.random.default_rng(1)

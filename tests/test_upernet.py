@@ -92,6 +92,7 @@ def test_bad_options():
         mambaout_jax.create_model("test_mambaout", channels=3)
 
 
+@pytest.mark.slow
 def test_every_parameter_but_the_statistics_gets_a_gradient():
     model, params = small()
     images = golden.images(0, 2, [64, 96])
@@ -114,6 +115,7 @@ def test_no_decay_on_norms_and_a_rule_for_each_parameter():
     state_shardings(params, make_mesh(8))
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_whole_batch_over_devices():
     model, params = small()
     images = golden.images(0, 8, 32)
