@@ -238,7 +238,3 @@ def test_overlays_are_half_the_image_and_half_the_colour():
     labels = np.array([[0, 1, 255], [1, 1, 1]], np.uint8)
     over = drawing.overlay(image, labels, 2)
     np.testing.assert_array_equal(over[0], [[114, 50, 50], [50, 114, 50], [100, 100, 100]])
-    panel = drawing.panel(image, labels, labels, 2)
-    assert panel.shape == (2, 9, 3)
-    np.testing.assert_array_equal(panel[:, :3], image)
-    np.testing.assert_array_equal(panel[:, 6:], over)

@@ -189,6 +189,8 @@ def test_commands_and_masks_of_a_run(shapes, trained, tmp_path, capsys):
     assert "is a network of segmentation, not of classification" in capsys.readouterr().err
     assert main(["predict", image, "--weights=test_mambaout.digits", f"--masks={out}"]) == 1
     assert "is a network of classification, not of segmentation" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "network"), f"--weights={trained}"]) == 1
+    assert "is a network of segmentation, not of classification" in capsys.readouterr().err
     options = {"eval.scales": (1.0, 0.5), "eval.flip": True}
     several = evaluate_workdir(
         small_config(shapes, **options), epath.Path(trained), {"data.dir", *options}

@@ -54,9 +54,11 @@ def export_model(
         platforms: to lower the program for: of "cpu", "cuda", "rocm" and "tpu".
 
     Raises:
-        UserError: the file exists or cannot be written, or flatbuffers is not installed.
+        UserError: the file exists or cannot be written, flatbuffers is not installed, or the
+            network is one of segmentation.
     """
     check_absent(path)
+    info.check_task("classification", "predict --masks=DIR writes its masks")
     exported = export_program(model, params, info, platforms=platforms)
     program, stablehlo = serialize(exported), exported.mlir_module_serialized
     start = program.index(stablehlo)

@@ -371,8 +371,8 @@ def create_model(
 def on_device(model: Any, device: jax.Device) -> Any:
     """Returns the model for programs that run on devices of this kind.
 
-    On TPUs its blocks are fused where `depthwise` is "auto". The parameters and what the model
-    computes are the same.
+    On TPUs its blocks are fused where `depthwise` is "auto". The parameters are the same, and the
+    results differ by the rounding of bfloat16.
     """
     fusable = getattr(model, "depthwise", None) == "auto" and hasattr(model, "fused_vmem")
     if device.platform != "tpu" or not fusable:

@@ -38,18 +38,3 @@ def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarr
     coloured = np.asarray(palette_image(labels, num_classes).convert("RGB"), np.float32)
     mixed = np.round(image + _OPACITY * (coloured - image)).astype(np.uint8)
     return np.where((labels == IGNORED)[..., None], image, mixed)
-
-
-def panel(
-    image: np.ndarray, labels: np.ndarray, predicted: np.ndarray, num_classes: int
-) -> np.ndarray:
-    """Returns an image, its labels and the predicted ones over it, side by side, uint8 [H, 3W, 3].
-
-    Args:
-        image: uint8 [H, W, 3].
-        labels: [H, W].
-        predicted: [H, W].
-        num_classes: the number of classes.
-    """
-    overlays = [overlay(image, each, num_classes) for each in (labels, predicted)]
-    return np.concatenate([image, *overlays], axis=1)

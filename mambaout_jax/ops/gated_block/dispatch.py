@@ -26,7 +26,7 @@ from mambaout_jax.ops.lowering import Target, call_for_target
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts
 
 _LANES = 128
-_OTHER_VMEM = 9 * 2**20
+_OTHER_VMEM = 9 * 2**20  # of `pallas_tpu`: blocks of maps, and temporaries
 
 
 class BlockWeights(NamedTuple):
