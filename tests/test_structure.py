@@ -82,7 +82,7 @@ def test_the_package_imports_with_jax_and_flax_alone():
 
 
 def test_the_command_handles_signals_before_it_imports_jax():
-    """main.py does that, and `mambaout-jax train` starts it: until then nothing slow is imported."""
+    """main.py does that; `mambaout-jax train` imports nothing slow until it starts main.py."""
     code = "import sys, mambaout_jax.__main__; print('jax' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
