@@ -18,6 +18,10 @@ from etils import epath
 from mambaout_jax.bucket import children, is_bucket
 from mambaout_jax.weights.steps import DAMAGED, whole_steps
 
+# This process only reads arrays. It would take a TPU from the runs; and libtpu makes a process
+# ignore SIGHUP, and the runs that it starts with it.
+jax.config.update("jax_platforms", "cpu")
+
 ROOT = Path(__file__).parents[1]
 COMMAND = (
     sys.executable,
