@@ -28,8 +28,9 @@ static int fails(int fd, const char *kind) {
   FILE *file = fopen(flag, "r");
   int limit = 0, number = EIO;
   if (!file) return 0;
-  if (fscanf(file, "%d %d", &limit, &number) < 1) limit = 0;
+  int found = fscanf(file, "%d %d", &limit, &number);
   fclose(file);
+  if (found < 1) return 0;  /* it is being written */
   if (__sync_add_and_fetch(&count, 1) >= limit) unlink(flag);
   errno = number;
   return 1;

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import tenacity
 from etils import epath
 
 from mambaout_jax.bucket import failed, io_errors, is_bucket
-from mambaout_jax.errors import StorageError, UserError
+from mambaout_jax.errors import FullError, StorageError, UserError
+
+logger = logging.getLogger(__name__)
 
 WRITE_ATTEMPTS = 4
 
@@ -79,7 +82,7 @@ def write_file(path: epath.PathLike, content: bytes | str) -> None:
         with writing(path):
             path.write_bytes(content)
     else:
-        _write_disk(path, content)
+        retrying()(_write_disk, path, content)
 
 
 def flush(file: Flushable, path: epath.PathLike) -> None:
@@ -89,21 +92,28 @@ def flush(file: Flushable, path: epath.PathLike) -> None:
         StorageError: when storage fails for a while, and at each attempt.
         UserError: names the path and the cause when it cannot be written.
     """
-    attempt = _flush if is_bucket(path) else _retried(_flush)
-    attempt(file, path)
+    if is_bucket(path):
+        _flush(file, path)
+    else:
+        retrying()(_flush, file, path)
 
 
-_retried = tenacity.retry(
-    retry=tenacity.retry_if_exception_type(StorageError),
-    stop=lambda attempt: attempt.attempt_number >= WRITE_ATTEMPTS,
-    wait=tenacity.wait_exponential(multiplier=0.5),
-    reraise=True,
-)
+def retrying() -> tenacity.Retrying:
+    """Returns the attempts of a write: a disk may fail, or be full, for a while."""
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type((StorageError, FullError)),
+        stop=tenacity.stop_after_attempt(WRITE_ATTEMPTS),
+        wait=tenacity.wait_exponential(multiplier=0.5),
+        before_sleep=_report,
+        reraise=True,
+    )
 
 
-@_retried
+def _report(attempt: tenacity.RetryCallState) -> None:
+    logger.warning("%s: trying again", attempt.outcome and attempt.outcome.exception())
+
+
 def _write_disk(path: epath.Path, content: bytes) -> None:
-    """Writes a file of a disk, after further attempts where the disk fails for a while."""
     with replacing(path) as part:
         part.write_bytes(content)
 
