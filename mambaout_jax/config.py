@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mambaout_jax.errors import UserError, did_you_mean
+from mambaout_jax.files import kind_of
 from mambaout_jax.models.upernet import PREFIX
 from mambaout_jax.models.vit import ATTENTIONS
 from mambaout_jax.training.classification import LOSSES
@@ -227,7 +228,9 @@ def load_config(path: str | Path) -> ConfigDict:
         UserError: when the file does not exist or is not a config.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {kind_of(path)}, not a config file")
+    if not path.exists():
         known = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
         hint = did_you_mean(str(path), known)
         raise UserError(f"no config file {path}{hint} (known: {', '.join(known) or 'none'})")

@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mambaout_jax.bucket import absolute, children, failed, is_bucket
 from mambaout_jax.errors import AccessError, StorageError, UserError
-from mambaout_jax.files import retrying, write_json, writing
+from mambaout_jax.files import check_files, retrying, write_json, writing
 from mambaout_jax.runtime.processes import all_or_none
 from mambaout_jax.runtime.storage import is_transient, reading, system_error
 from mambaout_jax.training.state import TrainState
@@ -217,14 +217,17 @@ def set_aside_unreadable(folder: epath.Path) -> None:
             logger.warning("%s is a file, not a checkpoint: renaming it", path)
             set_aside(path)
     for step, path in whole_steps(folder).items():
-        if not has_readable_time(step, path):
-            damaged = METADATA
-        elif not has_readable_metrics(path):
-            damaged = "its metrics"
-        else:
-            continue
-        logger.warning("checkpoint %d is damaged: %s cannot be read", step, damaged)
-        set_aside(path)
+        try:
+            check_files(path)
+            if not has_readable_time(step, path):
+                raise UserError(f"{METADATA} cannot be read")
+            if not has_readable_metrics(path):
+                raise UserError("its metrics cannot be read")
+        except (StorageError, AccessError):
+            raise
+        except UserError as error:
+            logger.warning("checkpoint %d is damaged: %s", step, error)
+            set_aside(path)
 
 
 def has_readable_time(step: int, path: epath.Path) -> bool:

@@ -20,6 +20,7 @@ from etils import epath
 
 from mambaout_jax.bucket import absolute, failed, http_status, io_errors, is_bucket
 from mambaout_jax.errors import UserError, first_line
+from mambaout_jax.files import check_files
 from mambaout_jax.runtime.event_loops import hide_later_errors
 from mambaout_jax.runtime.storage import reading
 from mambaout_jax.weights.info import WeightsInfo, score
@@ -133,6 +134,8 @@ def _find(directory: epath.Path) -> tuple[epath.Path, WeightsInfo]:
 
 
 def _read_info(directory: epath.Path) -> WeightsInfo:
+    check_files(directory)
+
     def read() -> dict[str, Any]:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return checkpointer.restore(directory / "meta", args=ocp.args.JsonRestore())
