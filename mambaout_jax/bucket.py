@@ -56,7 +56,8 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """Returns the absolute path of a folder of arrays. To be called before a path is used.
 
     Raises:
-        UserError: when it is in a bucket that cannot be used, or TensorStore cannot use its name.
+        UserError: when it is in a bucket that cannot be used, TensorStore cannot use its name, or a
+            link of it leads nowhere.
     """
     check_path(os.fspath(path))
     path = epath.Path(path)
@@ -66,10 +67,18 @@ def absolute(path: epath.PathLike) -> epath.Path:
     path = path.expanduser().resolve()
     try:
         os.fspath(path).encode()
+        os.stat(path)
     except UnicodeEncodeError:
         raise UserError(
             f"{path} is not UTF-8, so TensorStore cannot write to it: choose another name"
         ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a link to nothing: remove it, or make that folder"
+            ) from None
+    except OSError as error:  # such as a loop of links, or a name that is too long
+        raise failed(f"cannot use {path}", error) from None
     return path
 
 

@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 
 from mambaout_jax import config, files
+from mambaout_jax.bucket import absolute
 from mambaout_jax.data.prepared import prepared_directory
 from mambaout_jax.data.segmentation.sources import FolderMaskSource
 from mambaout_jax.errors import UserError
@@ -80,6 +81,22 @@ def test_a_file_that_is_none(name, read, kind, tmp_path):
     KINDS[kind](tmp_path / name)
     with pytest.raises(UserError, match=f"{name} is {kind}, not a "):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("loop", r"cannot use .*/loop: Too many levels of symbolic links"),
+        ("loop/run", r"cannot use .*/loop/run: Too many levels of symbolic links"),
+        ("broken", r"/broken is a link to nothing: remove it, or make that folder"),
+        ("x" * 300, r"cannot use .*: File name too long"),
+    ],
+)
+def test_a_path_that_cannot_be_used(name, message, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "broken").symlink_to("nothing")
+    with pytest.raises(UserError, match=message):
+        absolute(tmp_path / name)
 
 
 @pytest.mark.parametrize(
