@@ -23,9 +23,8 @@ from mambaout_jax.weights.steps import DAMAGED, whole_steps
 jax.config.update("jax_platforms", "cpu")
 
 ROOT = Path(__file__).parents[1]
-COMMAND = (
-    sys.executable,
-    "main.py",
+COMMAND = (sys.executable, "main.py")
+KEYS = (
     "--config.model.depthwise=xla",
     "--config.data.workers=1",
     "--config.batch_size=16",
@@ -36,7 +35,7 @@ COMMAND = (
     "--config.log.every=1 steps",
     "--config.checkpoint.every=3 steps",
 )
-# What each task adds: 64 images to train with, 30 to evaluate.
+# What each task has before these keys: 64 images to train with, 30 to evaluate.
 TASKS = {
     "classification": (
         "--config=configs/quickstart.py",
@@ -75,7 +74,7 @@ class Run:
         flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONUNBUFFERED": "1"}
         with self.log.open("a") as file:
             self.process = subprocess.Popen(
-                (*COMMAND, *self.keys, *keys, f"--workdir={self.workdir}"),
+                (*COMMAND, *self.keys, *KEYS, *keys, f"--workdir={self.workdir}"),
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": str(ROOT)} | flags | environment,
                 stderr=file,

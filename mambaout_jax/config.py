@@ -253,8 +253,12 @@ def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
     if not paths:
         raise UserError(f"no config: expected --{flag}=FILE, such as configs/quickstart.py")
     keys = flatten(load_config(paths[-1]))
+    named = False
     for arg in argv:
+        named |= bool(re.match(rf"--?{flag}(=|$)", arg))
         match = re.match(rf"--?{flag}\.([^=]+)", arg)
+        if match and not named:
+            raise UserError(f"--{flag}.{match[1]} stands before --{flag}=FILE: put the file first")
         if match and match[1] not in keys:
             key = match[1]
             sections = {known.rsplit(".", 1)[0] for known in keys if "." in known}
