@@ -40,6 +40,8 @@ extras = {
     "cuda": ["jax[cuda13]", *fast],
     "torch": ["torch>=2.6"],
     "verify": ["torch>=2.6", "timm>=1.0.14"],
+    # What tests compare with.
+    "parity": ["torch>=2.6", "timm>=1.0.14", "transformers>=5"],
     "wandb": ["wandb>=0.19"],
     "gcs": gcs,
     "prepare": ["tensorflow", "apache-beam", "mlcroissant", "importlib_resources"],
