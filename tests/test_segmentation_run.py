@@ -184,7 +184,8 @@ def test_a_run_records_its_measures_and_its_best_checkpoint(shapes, trained):
 
 
 @pytest.mark.slow
-def test_commands_and_masks_of_a_run(shapes, trained, tmp_path, capsys):
+def test_commands_and_masks_of_a_run(shapes, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
     image, out = str(shapes / "images/validation/0000.png"), tmp_path / "masks"
     arguments = [image, f"--weights={trained}"]
     assert main(["predict", *arguments, f"--masks={out}"]) == 0
@@ -196,6 +197,8 @@ def test_commands_and_masks_of_a_run(shapes, trained, tmp_path, capsys):
     assert main(["predict", image, "--weights=test_mambaout.digits", f"--masks={out}"]) == 1
     assert "is a network of classification, not of segmentation" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "network"), f"--weights={trained}"]) == 1
+    assert "is a network of segmentation, not of classification" in capsys.readouterr().err
+    assert main(["push", str(trained), "someone/shapes"]) == 1
     assert "is a network of segmentation, not of classification" in capsys.readouterr().err
     options = {"eval.scales": (1.0, 0.5), "eval.flip": True}
     several = evaluate_workdir(
