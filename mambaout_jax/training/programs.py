@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.inference.evaluate import compile_eval_step
 from mambaout_jax.runtime.sharding import BATCH
+from mambaout_jax.training.pictures import Pictures, open_pictures
 from mambaout_jax.training.run import Run
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.training.step import compile_train_step
@@ -19,10 +20,14 @@ from mambaout_jax.training.step import compile_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled steps: of a state and a batch, and of parameters and a batch."""
+    """The compiled steps: of a state and a batch, and of parameters and a batch.
+
+    `pictures` are those that each evaluation predicts, if any.
+    """
 
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., dict[str, jax.Array]]
+    pictures: Pictures | None
 
 
 def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
@@ -56,6 +61,7 @@ def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
     return Programs(
         lambda state, batch: compiled(state, batch, key_data),
         lambda *arguments: evaluation.result()(*arguments),
+        open_pictures(run, shardings.params),
     )
 
 
