@@ -74,6 +74,12 @@ def get_config() -> ConfigDict:
     config.label_smoothing = 0.1
     config.loss = "softmax"  # cross entropy; "bce": binary cross entropy, the mean over classes
 
+    config.distillation = ConfigDict()
+    config.distillation.teacher = ""  # weights, as init_from takes them, or an exported .zip
+    config.distillation.kind = "soft"  # Hinton's; or "hard", DeiT's: the teacher's best class
+    config.distillation.weight = 0.5  # of the teacher's loss; the labels' has the rest
+    config.distillation.temperature = 1.0  # of "soft"
+
     config.schedule = ConfigDict()
     config.schedule.kind = "cosine"  # or "poly": linear warmup, then polynomial decay, each step
     config.schedule.power = 1.0  # of the polynomial decay

@@ -2,11 +2,13 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
@@ -28,6 +30,7 @@ from mambaout_jax.training.optimizer import make_optimizer
 from mambaout_jax.training.recipe import Recipe
 from mambaout_jax.training.run import Run, Steps
 from mambaout_jax.training.schedule import CosineSchedule, PolynomialSchedule, Schedule
+from mambaout_jax.training.teacher import Teacher, read_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +179,29 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.optimizer.ema_decay,
         task=config.task,
+        distillation=config.distillation.kind,
+        distillation_weight=config.distillation.weight,
+        distillation_temperature=config.distillation.temperature,
         auxiliary_weight=config.segmentation.auxiliary_weight,
+    )
+
+
+def build_teacher(config: ConfigDict, classes: Sequence[str], mesh: Mesh) -> Teacher | None:
+    """Returns the teacher of a distillation, None without one; `classes` are the data's.
+
+    Raises:
+        UserError: see `read_teacher`.
+    """
+    if not config.distillation.teacher:
+        return None
+    return read_teacher(
+        config.distillation.teacher,
+        classes=classes,
+        image_size=config.data.image_size,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        dtype=config.model.dtype,
+        device=mesh.devices.flat[0],
     )
 
 
@@ -216,6 +241,7 @@ def _build_run(config: ConfigDict) -> Run:
         schedule=schedule,
         optimizer=build_optimizer(config, schedule),
         recipe=build_recipe(config, steps_per_epoch),
+        teacher=build_teacher(config, batches.class_names, mesh),
         steps=build_steps(config, steps_per_epoch),
         init_from=config.init_from,
         keep_checkpoints=config.checkpoint.keep,
