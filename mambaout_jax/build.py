@@ -17,6 +17,7 @@ from mambaout_jax.build_data import (
     build_eval_options,
     build_preprocessing,
     build_train_batches,
+    fill_in,
 )
 from mambaout_jax.config import duration_steps
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -132,10 +133,11 @@ def build_schedule(config: ConfigDict, steps_per_epoch: int) -> Schedule:
             "epochs, and the learning rate moves once an epoch: expected whole epochs, or "
             "--config.schedule.per=step"
         )
+    scale = config.batch_size / schedule.reference_batch if schedule.reference_batch else 1
     common = {
-        "peak": schedule.learning_rate,
-        "start": schedule.warmup_learning_rate,
-        "end": schedule.min_learning_rate,
+        "peak": scale * schedule.learning_rate,
+        "start": scale * schedule.warmup_learning_rate,
+        "end": scale * schedule.min_learning_rate,
         "duration": duration,
         "warmup": warmup,
     }
@@ -206,12 +208,14 @@ def build_teacher(config: ConfigDict, classes: Sequence[str], mesh: Mesh) -> Tea
 
 
 def build_run(config: ConfigDict) -> Run:
-    """Builds a run from its config; writes nothing.
+    """Builds a run from its config, which `fill_in` changes; writes nothing.
 
     Raises:
         UserError: names what is wrong in the config, the data or the devices, or what differs
             between the hosts.
     """
+    with all_or_none():
+        fill_in(config)
     check_alike(config=json.dumps(configuration.shared(config), sort_keys=True))
     with all_or_none():
         return _build_run(config)
