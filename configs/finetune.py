@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 0
     config.eval.batch_size = 0
     config.schedule.reference_batch = 64
-    config.schedule.learning_rate = 2e-4
+    config.schedule.learning_rate = 5e-4
     config.schedule.duration = "20 epochs"
     config.schedule.warmup = "1 epochs"
     config.schedule.cooldown = ""
