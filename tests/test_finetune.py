@@ -13,6 +13,7 @@ from mambaout_jax.build import build_schedule
 from mambaout_jax.build_data import fill_in
 from mambaout_jax.data.folder import FolderSource, find_splits
 from mambaout_jax.errors import UserError
+from mambaout_jax.finetune import finetune as from_python
 
 
 def write_classes(folder, size=(8, 8), **counts):
@@ -124,6 +125,16 @@ def test_mistakes(tmp_path):
     config.data.dir = str(tmp_path)
     fill_in(config)
     assert config.data.num_classes == 11_821, "it is compared with the folder when a run is built"
+
+
+def test_from_python_a_mistake_leaves_no_workdir(tmp_path):
+    for directory, weights, message in (
+        (tmp_path / "none", "test_mambaout.digits", "no folder"),
+        (tmp_path, "nothing", "there are no weights 'nothing'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            from_python(directory, tmp_path / "run", weights)
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
