@@ -11,6 +11,7 @@ With --weights=test_mambaout.digits, or the path of a checkpoint, it needs no ne
 
 import argparse
 import functools
+import io
 import os
 import sys
 import tempfile
@@ -26,10 +27,8 @@ HEIGHT = 320  # of the images on the page, in pixels
 TITLE = """# What is in the image?
 Choose an image of your own, or click an example. MambaOut names the five classes that it finds most
 likely, and shows where it sees the first one."""
-# The colours of matplotlib's "inferno", in which heat maps are drawn. Small images are enlarged.
-LEGEND = """<style>.image-frame img { width: 100%; height: 100%; object-fit: contain;
-image-rendering: pixelated }</style>
-<div style="display: flex; gap: 8px; align-items: center; font-size: 14px">
+# The colours of matplotlib's "inferno", in which heat maps are drawn.
+LEGEND = """<div style="display: flex; gap: 8px; align-items: center; font-size: 14px">
 <span>no part of it</span><div style="flex: 1; height: 12px; border-radius: 6px; background:
 linear-gradient(to right, #000004, #420a68, #932667, #dd513a, #fca50a, #fcffa4)"></div>
 <span>speaks for it most</span></div>"""
@@ -47,13 +46,15 @@ def classes_of(info):
 def write_examples(folder):
     """Writes the package's handwritten digits and gradio's photographs; returns them by kind."""
     import gradio
+    from PIL import Image
 
     from mambaout_jax.data.sources import Dataset, open_source
 
     digits = open_source(Dataset("tfds", "digits", "", "train", "validation", 10), "validation")
     files = [folder / f"digit-{number}.png" for number in range(5)]
     for number, file in enumerate(files):
-        file.write_bytes(digits[number]["image"])
+        digit = Image.open(io.BytesIO(digits[number]["image"]))
+        digit.resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC).save(file)
     photographs = Path(gradio.__file__).parent / "media_assets" / "images"
     names = ("cheetah1.jpg", "lion.jpg", "bus.png", "tower.jpg")
     shown = [str(photographs / name) for name in names if (photographs / name).exists()]

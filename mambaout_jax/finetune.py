@@ -37,7 +37,11 @@ def finetune(
     if folder not in sys.path:
         sys.path.insert(0, folder)  # for `from configs import default`
     config = load_config(resolve_config("finetune"))
-    start = {"init_from": weights, "model.name": info.model, "data.dir": os.fspath(directory)}
+    start: dict[str, Any] = {
+        "init_from": weights,
+        "model.name": info.model,
+        "data.dir": os.fspath(directory),
+    }
     start |= {"data.image_size": info.preprocessing.shape[0]}
     config.update_from_flattened_dict(start | keys)
     with StopRequest() as stop:

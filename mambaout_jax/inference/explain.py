@@ -70,7 +70,7 @@ class Explainer:
         preprocessing = self.info.preprocessing
         pixels = preprocess_image(image, preprocessing, name or None)
         values, indices = self._predictor.predict_images(pixels[None])
-        inputs = normalize(pixels[None], preprocessing.mean, preprocessing.std)
+        inputs = normalize(jnp.asarray(pixels[None]), preprocessing.mean, preprocessing.std)
         best = jnp.asarray(indices[:, 0])
         heat = class_activation_map(self._params, inputs, best, model=self._model)
         labels = [self._predictor.labels[index] for index in indices[0]]
