@@ -140,7 +140,7 @@ def test_pip_takes_the_clone_and_a_git_repository(clone, tmp_path, monkeypatch):
     who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "all"]):
         subprocess.run(["git", "-C", clone, *command], check=True)
-    install(requirement(tmp_path, monkeypatch, f"git+file://{clone}"), tmp_path / "git")
+    install(requirement(tmp_path, monkeypatch, f"git+file://localhost{clone}"), tmp_path / "git")
 
 
 @pytest.mark.slow
