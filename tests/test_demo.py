@@ -209,7 +209,7 @@ def test_the_page_says_that_a_file_is_too_large(page, browser, tmp_path):
 def test_a_port_in_use(page, weights):
     command = [sys.executable, str(APP), f"--weights={weights}", f"--port={page[1]}"]
     result = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, check=False, timeout=120
+        command, env=environment(), capture_output=True, text=True, check=False, timeout=300
     )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]

@@ -34,7 +34,7 @@ CHECK = 'import sys; assert not {"tensorflow", "torch"} & sys.modules.keys()'
 
 
 def printed(cell):
-    return "".join(output.get("text", "") for output in cell.outputs)
+    return "".join(o.get("text", "") for o in cell.outputs if o.get("name") == "stdout")
 
 
 def keep(notebook, path):
