@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     config.schedule = ConfigDict()
     config.schedule.kind = "cosine"  # or "poly": linear warmup, then polynomial decay, each step
     config.schedule.power = 1.0  # of the polynomial decay
-    config.schedule.reference_batch = 0  # rates are times batch_size over this; 0: as they are
+    config.schedule.reference_batch = 0  # that the rates are for, see build.rate_scale; 0: any
     config.schedule.learning_rate = 4e-3  # the peak
     config.schedule.duration = "300 epochs"  # of the cosine or the decay, warmup included
     config.schedule.warmup = "20 epochs"

@@ -111,6 +111,17 @@ def build_steps(config: ConfigDict, steps_per_epoch: int) -> Steps:
     )
 
 
+def rate_scale(config: ConfigDict) -> float:
+    """Returns the factor of the learning rates, by the batch size over `schedule.reference_batch`.
+
+    It is the ratio's square root for adamw and lamb, else the ratio, as timm has it.
+    """
+    if not config.schedule.reference_batch:
+        return 1.0
+    ratio = config.batch_size / config.schedule.reference_batch
+    return ratio**0.5 if config.optimizer.name in ("adamw", "lamb") else ratio
+
+
 def build_schedule(config: ConfigDict, steps_per_epoch: int) -> Schedule:
     """Returns the learning rate as a function of the step.
 
@@ -133,7 +144,7 @@ def build_schedule(config: ConfigDict, steps_per_epoch: int) -> Schedule:
             "epochs, and the learning rate moves once an epoch: expected whole epochs, or "
             "--config.schedule.per=step"
         )
-    scale = config.batch_size / schedule.reference_batch if schedule.reference_batch else 1
+    scale = rate_scale(config)
     common = {
         "peak": scale * schedule.learning_rate,
         "start": scale * schedule.warmup_learning_rate,

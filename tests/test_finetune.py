@@ -86,11 +86,13 @@ def test_classes_batch_and_rate_follow_the_images(tmp_path):
     assert config.data.num_classes == 3
     assert (config.data.train_split, config.data.eval_split) == (".[:80%]", ".[80%:]")
     assert config.batch_size == config.eval.batch_size == 16  # 138 training images
-    assert build_schedule(config, 8).peak == pytest.approx(5e-4 * 16 / 64)
-    assert build_schedule(config, 8).end == pytest.approx(1e-5 * 16 / 64)
+    assert build_schedule(config, 8).peak == pytest.approx(5e-4 * 0.5)
+    assert build_schedule(config, 8).end == pytest.approx(1e-5 * 0.5)
     given = filled(tmp_path, **{"batch_size": 32, "data.num_classes": 3, "eval.batch_size": 8})
     assert (given.batch_size, given.eval.batch_size) == (32, 8)
-    assert build_schedule(given, 8).peak == pytest.approx(5e-4 * 32 / 64)
+    assert build_schedule(given, 8).peak == pytest.approx(5e-4 * 0.5**0.5)
+    given.optimizer.name = "sgd"
+    assert build_schedule(given, 8).peak == pytest.approx(5e-4 * 0.5)
     given.schedule.reference_batch = 0
     assert build_schedule(given, 8).peak == 5e-4
     assert jax.device_count() == 8

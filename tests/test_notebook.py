@@ -1,8 +1,10 @@
 """The notebook: its first cell, and all of it run on a CPU, without a network and with the hub."""
 
+import base64
 import copy
 import functools
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -17,6 +19,7 @@ import pytest
 import small_weights
 from compiler_flags import FAST_COMPILATION
 from hub_server import HubServer, serving
+from PIL import Image
 from safetensors.numpy import save_file
 
 from mambaout_jax.inference.heatmap import class_activation_map
@@ -45,8 +48,11 @@ def keep(notebook, path):
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
         for output in cell.get("outputs", []):
-            if "image/jpeg" in output.get("data", {}):
-                output.data.pop("image/png")
+            if "image/png" in output.get("data", {}):
+                png = io.BytesIO(base64.b64decode(output.data.pop("image/png")))
+                jpeg = io.BytesIO()
+                Image.open(png).convert("RGB").save(jpeg, "JPEG", quality=80)
+                output.data["image/jpeg"] = base64.b64encode(jpeg.getvalue()).decode()
     nbformat.write(shown, path)
 
 
