@@ -91,7 +91,7 @@ setup(
     packages=find_packages(include=["mambaout_jax", "mambaout_jax.*"]),
     package_data={
         "mambaout_jax.data.digits": ["1.0.0/*"],
-        "mambaout_jax.labels": ["*.tsv"],
+        "mambaout_jax.labels": ["*.tsv", "*.txt"],
         "mambaout_jax.weights": ["digits.safetensors"],
     },
     cmdclass={"build_py": BuildWithConfigs},

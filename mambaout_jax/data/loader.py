@@ -89,6 +89,8 @@ class TrainBatches(Iterator[Batch]):
             divide over the processes, or the loader's libraries or shared memory are missing.
         """
         source = sources.open_source(dataset, dataset.train_split)
+        if source.label_shape:
+            raise UserError(f"{source.name} has lists of right classes: it is for evaluation alone")
         self.num_examples = len(source)
         self.num_classes = source.num_classes
         self.class_names = source.class_names

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mambaout_jax.build import build_model, build_optimizer, build_recipe, build_schedule
+from mambaout_jax.errors import UserError
 from mambaout_jax.runtime.sharding import state_shardings
 from mambaout_jax.training.state import init_params, init_state
 from mambaout_jax.training.step import compile_train_step
@@ -22,7 +23,13 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "col
 
 
 def lower_step(config: ConfigDict, mesh: Mesh, steps_per_epoch: int) -> jax.stages.Lowered:
-    """Lowers the training step of a configuration, over a mesh of any devices."""
+    """Lowers the training step of a configuration, over a mesh of any devices.
+
+    Raises:
+        UserError: the configuration has a teacher.
+    """
+    if config.distillation.teacher:
+        raise UserError("a plan has no teacher: expected --config.distillation.teacher=''")
     network, recipe = build_model(config), build_recipe(config, steps_per_epoch)
     optimizer = build_optimizer(config, build_schedule(config, steps_per_epoch))
     size, ema = config.data.image_size, config.optimizer.ema_decay > 0

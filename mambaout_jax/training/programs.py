@@ -39,7 +39,9 @@ def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
         key: of the training steps.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    train_step = compile_train_step(run.model, run.optimizer, run.recipe, shardings, run.mesh)
+    train_step = compile_train_step(
+        run.model, run.optimizer, run.recipe, shardings, run.mesh, run.teacher
+    )
     options: dict[str, Any] = {"mean": run.recipe.mean, "std": run.recipe.std}
     options |= {"step": run.task.measures.step, **run.eval_options}
     eval_step = compile_eval_step(run.model, shardings.params, run.mesh, **options)
@@ -55,11 +57,12 @@ def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
     pool.shutdown(wait=False)
     batch = abstract_batch(run.batch_size, run.image_size, run.mesh, run.task.dense)
     del batch["mask"]
-    # On each device before the first step, so that no step moves it.
-    key_data = jax.device_put(np.asarray(jax.random.key_data(key)), NamedSharding(run.mesh, P()))
-    compiled = train_step.lower(target, batch, key_data).compile()
+    # On each device before the first step, so that no step moves them.
+    rest = (np.asarray(jax.random.key_data(key)), *([run.teacher.params] if run.teacher else ()))
+    rest = jax.device_put(rest, NamedSharding(run.mesh, P()))
+    compiled = train_step.lower(target, batch, *rest).compile()
     return Programs(
-        lambda state, batch: compiled(state, batch, key_data),
+        lambda state, batch: compiled(state, batch, *rest),
         lambda *arguments: evaluation.result()(*arguments),
         open_pictures(run, shardings.params),
     )
