@@ -38,6 +38,7 @@ from ml_collections import config_flags
 from mambaout_jax.cli.flags import parse_flags
 from mambaout_jax.config import given_keys
 from mambaout_jax.errors import PreemptedError, StorageError, UserError
+from mambaout_jax.runtime.event_loops import hide_later_errors
 from mambaout_jax.runtime.preemption import RESUME, StopRequest
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config of the run.")
@@ -58,23 +59,13 @@ def log_to_stderr() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     # Orbax's threads log a traceback of each error that a UserError reports.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    sys.unraisablehook = hide_late_writes
+    hide_later_errors()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("mambaout_jax")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def hide_late_writes(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Shows an error that no code can catch, unless it stems from a save that has failed already.
-
-    Orbax closes its event loop after the first write that fails. The other writes then fail to
-    report to it: one traceback for each.
-    """
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
 
 
 def main(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
     python benchmarks/chaos.py
     python benchmarks/chaos.py --faults=sigkill --moments=step,save --count=20
     python benchmarks/chaos.py --faults=sigkill --workdirs=gs://BUCKET/chaos
+    python benchmarks/chaos.py --task=segmentation --folder=runs/chaos-shapes
 
 The environment of the third is that of a bucket, or what `python tests/bucket_server.py` prints.
 
@@ -24,11 +25,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from chaos_faults import FAULTS, MOMENTS, RESUMES, Fault
-from chaos_run import EPOCH, ROOT, STEPS, Run, differences
+from chaos_run import EPOCH, ROOT, STEPS, TASKS, Run, differences, make_shapes
 from etils import epath
 
 from mambaout_jax.bucket import absolute, is_bucket
@@ -91,12 +92,12 @@ def disturb(run: Run, fault: Fault, moment: str, random_: random.Random, library
     return seen | {"bad": bad, "environment": environment}
 
 
-def measure(folder: Path, workdirs: epath.Path, cell: str, seed: int) -> dict:
-    """Makes one cell; returns its row."""
+def measure(folder: Path, workdirs: epath.Path, keys: Sequence[str], cell: str, seed: int) -> dict:
+    """Makes one cell of runs with these keys; returns its row."""
     name, moment, number = cell.split("/")
     fault, random_ = FAULTS[name], random.Random(f"{seed} {cell}")
     label = cell.replace("/", "-")
-    run = Run(workdirs / label / "run", folder / f"{label}.log")
+    run = Run(workdirs / label / "run", folder / f"{label}.log", keys)
     run.workdir.parent.rmtree(missing_ok=True)
     run.workdir.parent.mkdir(parents=True)
     row = disturb(run, fault, moment, random_, folder / "chaos_eio.so")
@@ -168,6 +169,7 @@ def main() -> int:
     )
     parser.add_argument("--faults", default=",".join(FAULTS))
     parser.add_argument("--moments", default=",".join(MOMENTS))
+    parser.add_argument("--task", choices=TASKS, default="classification")
     parser.add_argument("--count", type=int, default=1, help="cells of each fault and moment")
     parser.add_argument("--folder", default="runs/chaos", help="of results and logs")
     parser.add_argument("--workdirs", help="folder of the workdirs, default: the same")
@@ -179,7 +181,11 @@ def main() -> int:
     workdirs, results = absolute(arguments.workdirs or folder), folder / "results.jsonl"
     library, source = folder / "chaos_eio.so", ROOT / "benchmarks" / "chaos_eio.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    straight = Run(workdirs / "straight", folder / "straight.log")
+    keys = TASKS[arguments.task]
+    if arguments.task == "segmentation":
+        make_shapes(folder / "data")
+        keys = (*keys, f"--config.data.dir={folder / 'data'}")
+    straight = Run(workdirs / "straight", folder / "straight.log", keys)
     straight.start()
     assert straight.finish() == 0, straight.text()
     chosen = [(name, FAULTS[name]) for name in arguments.faults.split(",")]
@@ -198,7 +204,7 @@ def main() -> int:
     ]
     missing = [cell for cell in cells if cell not in read_results(results)]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        made = [pool.submit(measure, folder, workdirs, x, arguments.seed) for x in missing]
+        made = [pool.submit(measure, folder, workdirs, keys, x, arguments.seed) for x in missing]
         for done in concurrent.futures.as_completed(made):
             row = done.result()
             with results.open("a") as file:

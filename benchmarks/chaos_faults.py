@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import random
 import resource
@@ -136,11 +137,11 @@ def remove(run: Run, random_: random.Random) -> None:
         shutil.rmtree(run.workdir, ignore_errors=True)
 
 
-def failing(kind: str, times: int) -> Callable[[Run, random.Random], None]:
-    """Returns what makes so many reads or writes in the workdir fail with EIO."""
+def failing(kind: str, times: int, number: int = errno.EIO) -> Callable[[Run, random.Random], None]:
+    """Returns what makes so many reads or writes in the workdir fail with an error."""
 
     def inject(run: Run, random_: random.Random) -> None:
-        run.log.with_suffix(f".{kind}").write_text(str(times))
+        run.log.with_suffix(f".{kind}").write_text(f"{times} {number}")
 
     return inject
 
@@ -219,6 +220,7 @@ FAULTS = {
     "cut": Fault(cut_file, (KILLED,), LOOP),
     "empty": Fault(empty_folder, (KILLED,), LOOP, disk=True),
     "eio-writes": Fault(failing("writes", 10**9), (RESUMES,), mend=stop_failing, preloads=True),
-    "eio-one-write": Fault(failing("writes", 1), (RESUMES,), LOOP, preloads=True),
+    "eio-one-write": Fault(failing("writes", 1), (), LOOP, preloads=True),
+    "no-space-once": Fault(failing("writes", 1, errno.ENOSPC), (), LOOP, preloads=True),
     "eio-reads": Fault(failing_resume, (KILLED,), LOOP, preloads=True),
 }

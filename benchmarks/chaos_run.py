@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -18,31 +18,53 @@ from etils import epath
 from mambaout_jax.bucket import children, is_bucket
 from mambaout_jax.weights.steps import DAMAGED, whole_steps
 
+# This process only reads arrays. It would take a TPU from the runs; and libtpu makes a process
+# ignore SIGHUP, and the runs that it starts with it.
+jax.config.update("jax_platforms", "cpu")
+
 ROOT = Path(__file__).parents[1]
-COMMAND = (
-    sys.executable,
-    "main.py",
-    "--config=configs/quickstart.py",
+COMMAND = (sys.executable, "main.py")
+KEYS = (
     "--config.model.depthwise=xla",
-    "--config.data.train_split=train[:64]",
-    "--config.data.eval_split=validation[:30]",
     "--config.data.workers=1",
     "--config.batch_size=16",
     "--config.eval.batch_size=10",
+    "--config.eval.every=1 epochs",
     "--config.schedule.duration=3 epochs",
     "--config.schedule.warmup=1 epochs",
     "--config.log.every=1 steps",
     "--config.checkpoint.every=3 steps",
 )
+# What each task has before these keys: 64 images to train with, 30 to evaluate.
+TASKS = {
+    "classification": (
+        "--config=configs/quickstart.py",
+        "--config.data.train_split=train[:64]",
+        "--config.data.eval_split=validation[:30]",
+    ),
+    "segmentation": (
+        "--config=configs/shapes.py",
+        "--config.data.image_size=32",
+        "--config.segmentation.channels=4",
+    ),
+}
 STEPS, EPOCH = 12, 4
 TIMEOUT = 900  # seconds until a run counts as hanging
+
+
+def make_shapes(folder: Path) -> None:
+    """Writes the dataset of the runs of segmentation, if it is not there."""
+    if folder.exists():
+        return
+    command = [sys.executable, "-m", "mambaout_jax.data.shapes", f"--output={folder}"]
+    subprocess.run([*command, "--train=64", "--validation=30"], cwd=ROOT, check=True)
 
 
 class Run:
     """A workdir, and the processes that train in it, one after the other."""
 
-    def __init__(self, workdir: epath.Path, log: Path):
-        self.workdir, self.log = workdir, log
+    def __init__(self, workdir: epath.Path, log: Path, keys: Sequence[str]):
+        self.workdir, self.log, self.keys = workdir, log, keys
         self.log.write_text("")
         self.process: subprocess.Popen | None = None
 
@@ -52,7 +74,7 @@ class Run:
         flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONUNBUFFERED": "1"}
         with self.log.open("a") as file:
             self.process = subprocess.Popen(
-                (*COMMAND, *keys, f"--workdir={self.workdir}"),
+                (*COMMAND, *self.keys, *KEYS, *keys, f"--workdir={self.workdir}"),
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": str(ROOT)} | flags | environment,
                 stderr=file,
@@ -166,8 +188,11 @@ class Run:
 def arrays(workdir: epath.Path) -> dict[str, np.ndarray]:
     """Returns every array of the last checkpoint."""
     found = {}
+    step = workdir / "checkpoints" / str(STEPS)
     for item in ("params", "optimizer", "ema_params"):
-        tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(STEPS) / item)
+        if not (step / item).exists():
+            continue  # not every recipe averages
+        tree = ocp.StandardCheckpointer().restore(step / item)
         for path, leaf in jax.tree.leaves_with_path(tree):
             found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return found

@@ -1,26 +1,25 @@
 """MambaOut in Flax: the models, their weights and their preprocessing.
 
-Importing it takes no longer than importing jax and flax: checkpoints, the hub, Pillow and torch are
-imported by the functions that need them.
+Public names are imported on first use, so that `import mambaout_jax` takes no time: the command
+`mambaout-jax train` handles signals before it imports jax.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from mambaout_jax.data.preprocess import Preprocessing, normalize, preprocess_image
 from mambaout_jax.errors import UserError
-from mambaout_jax.models import mambaout as _mambaout
-from mambaout_jax.models.mambaout import MambaOut
-from mambaout_jax.models.pretrained import list_pretrained, preprocessing
-from mambaout_jax.models.variants import list_models
 from mambaout_jax.version import __version__
-from mambaout_jax.weights.torch_layout import from_torch, to_torch
 
 if TYPE_CHECKING:
+    from mambaout_jax.data.preprocess import Preprocessing, normalize, preprocess_image
     from mambaout_jax.inference.predictor import Predictor
+    from mambaout_jax.models.mambaout import MambaOut
+    from mambaout_jax.models.pretrained import list_pretrained, preprocessing
+    from mambaout_jax.models.variants import list_models
     from mambaout_jax.push import push_to_hub
     from mambaout_jax.weights.load import load_pretrained, read_weights
     from mambaout_jax.weights.to_nnx import to_nnx
+    from mambaout_jax.weights.torch_layout import from_torch, to_torch
 
 __all__ = [
     "MambaOut",
@@ -42,22 +41,33 @@ __all__ = [
     "to_torch",
 ]
 
-# Public names that are imported on first use.
+# Where the public names are that are not here.
 _LAZY = {
+    "MambaOut": "mambaout_jax.models.mambaout",
     "Predictor": "mambaout_jax.inference.predictor",
+    "Preprocessing": "mambaout_jax.data.preprocess",
+    "from_torch": "mambaout_jax.weights.torch_layout",
+    "list_models": "mambaout_jax.models.variants",
+    "list_pretrained": "mambaout_jax.models.pretrained",
     "load_pretrained": "mambaout_jax.weights.load",
+    "normalize": "mambaout_jax.data.preprocess",
+    "preprocess_image": "mambaout_jax.data.preprocess",
+    "preprocessing": "mambaout_jax.models.pretrained",
     "push_to_hub": "mambaout_jax.push",
     "read_weights": "mambaout_jax.weights.load",
     "to_nnx": "mambaout_jax.weights.to_nnx",
+    "to_torch": "mambaout_jax.weights.torch_layout",
 }
 
 
 @overload
-def create_model(name: str, *, pretrained: Literal[False] = False, **options: Any) -> MambaOut: ...
+def create_model(
+    name: str, *, pretrained: Literal[False] = False, **options: Any
+) -> "MambaOut": ...
 @overload
 def create_model(
     name: str, *, pretrained: Literal[True], **options: Any
-) -> tuple[MambaOut, dict[str, Any]]: ...
+) -> "tuple[MambaOut, dict[str, Any]]": ...
 def create_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
     """Returns the module of a variant, or the module and its pretrained weights.
 
@@ -75,7 +85,9 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
         from mambaout_jax.weights.load import load_pretrained
 
         return load_pretrained(name, **options)
-    return _mambaout.create_model(name, **options)
+    from mambaout_jax.models import mambaout
+
+    return mambaout.create_model(name, **options)
 
 
 def __getattr__(name: str) -> Any:

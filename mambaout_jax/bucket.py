@@ -4,6 +4,7 @@ Four clients reach a bucket: gcsfs (behind epath), google-cloud-storage, TensorS
 array_record (data). Each retries what is transient itself.
 """
 
+import errno
 import functools
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from mambaout_jax.errors import AccessError, StorageError, UserError, first_line
+from mambaout_jax.errors import AccessError, FullError, StorageError, UserError, first_line
 
 SCHEME = "gs://"
 LOG_IN = (
@@ -35,6 +36,14 @@ _CLIENTS = (
 )
 # Error numbers of temporary faults of a disk or a network.
 TRANSIENT_ERRORS = (5, 11, 16, 70, 103, 104, 110, 111, 113, 116, 121)
+# What to do about the errors of a disk.
+REMEDIES = {
+    errno.EIO: "check the disk: dmesg may say more",
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or ask for a larger quota",
+    errno.EROFS: "mount it for writing",
+}
+FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 GRANT = "grant it roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
 
 
@@ -47,7 +56,8 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """Returns the absolute path of a folder of arrays. To be called before a path is used.
 
     Raises:
-        UserError: when it is in a bucket that cannot be used, or TensorStore cannot use its name.
+        UserError: when it is in a bucket that cannot be used, TensorStore cannot use its name, or a
+            link of it leads nowhere.
     """
     check_path(os.fspath(path))
     path = epath.Path(path)
@@ -57,10 +67,18 @@ def absolute(path: epath.PathLike) -> epath.Path:
     path = path.expanduser().resolve()
     try:
         os.fspath(path).encode()
+        os.stat(path)
     except UnicodeEncodeError:
         raise UserError(
             f"{path} is not UTF-8, so TensorStore cannot write to it: choose another name"
         ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a link to nothing: remove it, or make that folder"
+            ) from None
+    except OSError as error:  # such as a loop of links, or a name that is too long
+        raise failed(f"cannot use {path}", error) from None
     return path
 
 
@@ -177,7 +195,7 @@ def http_status(error: BaseException) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """Returns what an error of reading or writing means, and what to do about a bucket's."""
+    """Returns what an error of reading or writing means, and what to do about it."""
     status = http_status(error)
     if status == 401:
         return f"the credentials are missing, expired or not accepted: {LOG_IN}"
@@ -185,18 +203,26 @@ def reason(error: BaseException) -> str:
         return f"this account may not do that: {GRANT}"
     if status == 404:
         return "there is no such bucket, or this account may not see it"
-    return getattr(error, "strerror", None) or first_line(error)
+    words = getattr(error, "strerror", None) or first_line(error)
+    remedy = REMEDIES.get(getattr(error, "errno", None) or 0)
+    return f"{words} ({remedy})" if remedy else words
 
 
 def failed(what: str, error: BaseException) -> UserError:
     """Returns the error to raise for an access that failed after all retries.
 
     Returns:
-        A StorageError where a later attempt may succeed, an AccessError where access is refused, a
-        UserError for any other reason.
+        A StorageError where a later attempt may succeed, a FullError where space is missing, an
+        AccessError where access is refused, a UserError for any other reason.
     """
     status = http_status(error)
     refused, unavailable = status in (401, 403), status in (408, 429) or status >= 500
-    unavailable |= getattr(error, "errno", None) in TRANSIENT_ERRORS
-    kind = AccessError if refused else StorageError if unavailable else UserError
+    number = getattr(error, "errno", None)
+    kind: type[UserError] = UserError
+    if refused:
+        kind = AccessError
+    elif unavailable or number in TRANSIENT_ERRORS:
+        kind = StorageError
+    elif number in FULL_ERRORS:
+        kind = FullError
     return kind(f"{what}: {reason(error)}")

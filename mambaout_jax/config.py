@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mambaout_jax.errors import UserError, did_you_mean
+from mambaout_jax.files import kind_of
 from mambaout_jax.models.upernet import PREFIX
 from mambaout_jax.models.vit import ATTENTIONS
 from mambaout_jax.training.classification import LOSSES
@@ -238,7 +239,9 @@ def load_config(path: str | Path) -> ConfigDict:
         UserError: when the file does not exist or is not a config.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {kind_of(path)}, not a config file")
+    if not path.exists():
         known = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
         hint = did_you_mean(str(path), known)
         raise UserError(f"no config file {path}{hint} (known: {', '.join(known) or 'none'})")
@@ -261,8 +264,12 @@ def check_command_line(argv: Sequence[str], flag: str = "config") -> None:
     if not paths:
         raise UserError(f"no config: expected --{flag}=FILE, such as configs/quickstart.py")
     keys = flatten(load_config(paths[-1]))
+    named = False
     for arg in argv:
+        named |= bool(re.match(rf"--?{flag}(=|$)", arg))
         match = re.match(rf"--?{flag}\.([^=]+)", arg)
+        if match and not named:
+            raise UserError(f"--{flag}.{match[1]} stands before --{flag}=FILE: put the file first")
         if match and match[1] not in keys:
             key = match[1]
             sections = {known.rsplit(".", 1)[0] for known in keys if "." in known}

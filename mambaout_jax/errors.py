@@ -15,6 +15,10 @@ class StorageError(UserError):
     """Storage that failed at every attempt: nothing is damaged, and a later attempt may succeed."""
 
 
+class FullError(UserError):
+    """Storage without space, or above its quota: nothing that was there is damaged."""
+
+
 class AccessError(UserError):
     """Storage that refuses access, for its credentials or permissions: nothing is damaged."""
 

@@ -1,8 +1,10 @@
-"""Writing files: each appears whole or not at all."""
+"""Reading regular files alone, and writing files: each appears whole or not at all."""
 
 import contextlib
 import json
+import logging
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +14,18 @@ import tenacity
 from etils import epath
 
 from mambaout_jax.bucket import failed, io_errors, is_bucket
-from mambaout_jax.errors import StorageError, UserError
+from mambaout_jax.errors import FullError, StorageError, UserError
+
+logger = logging.getLogger(__name__)
 
 WRITE_ATTEMPTS = 4
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 class Flushable(Protocol):
@@ -22,6 +33,59 @@ class Flushable(Protocol):
 
     def flush(self) -> object:
         """Writes the buffer."""
+
+
+def kind_of(path: epath.PathLike) -> str:
+    """Returns what a path of a disk is that is not a regular file."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return "a broken link"
+    return next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
+
+
+def check_file(path: epath.PathLike) -> None:
+    """Checks that a path is a regular file, or nothing, or in a bucket.
+
+    Raises:
+        UserError: it is something else.
+    """
+    # `is_file` of an epath takes all that is no folder for a file.
+    if not is_bucket(path) and os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is {kind_of(path)}, not a file: move it away")
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+    """Returns the content of a regular file: reading a FIFO or a device may never end.
+
+    Raises:
+        UserError: it is something else.
+        OSError: it cannot be read.
+    """
+    path = epath.Path(path)
+    check_file(path)
+    return path.read_bytes()
+
+
+def read_text(path: epath.PathLike) -> str:
+    """Returns the content of a regular file of UTF-8, as `read_bytes` does."""
+    return read_bytes(path).decode()
+
+
+def check_files(folder: epath.PathLike) -> None:
+    """Checks that a folder of a disk holds regular files and folders alone, at any depth.
+
+    Raises:
+        UserError: names what is something else.
+    """
+    if is_bucket(folder):
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                check_files(entry.path)
+            elif not (entry.is_file() or entry.is_dir()):
+                raise UserError(f"{entry.path} is {kind_of(entry.path)}, not a file: remove it")
 
 
 @contextlib.contextmanager
@@ -79,7 +143,7 @@ def write_file(path: epath.PathLike, content: bytes | str) -> None:
         with writing(path):
             path.write_bytes(content)
     else:
-        _write_disk(path, content)
+        retrying()(_write_disk, path, content)
 
 
 def flush(file: Flushable, path: epath.PathLike) -> None:
@@ -89,21 +153,28 @@ def flush(file: Flushable, path: epath.PathLike) -> None:
         StorageError: when storage fails for a while, and at each attempt.
         UserError: names the path and the cause when it cannot be written.
     """
-    attempt = _flush if is_bucket(path) else _retried(_flush)
-    attempt(file, path)
+    if is_bucket(path):
+        _flush(file, path)
+    else:
+        retrying()(_flush, file, path)
 
 
-_retried = tenacity.retry(
-    retry=tenacity.retry_if_exception_type(StorageError),
-    stop=lambda attempt: attempt.attempt_number >= WRITE_ATTEMPTS,
-    wait=tenacity.wait_exponential(multiplier=0.5),
-    reraise=True,
-)
+def retrying() -> tenacity.Retrying:
+    """Returns the attempts of a write: a disk may fail, or be full, for a while."""
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type((StorageError, FullError)),
+        stop=tenacity.stop_after_attempt(WRITE_ATTEMPTS),
+        wait=tenacity.wait_exponential(multiplier=0.5),
+        before_sleep=_report,
+        reraise=True,
+    )
 
 
-@_retried
+def _report(attempt: tenacity.RetryCallState) -> None:
+    logger.warning("%s: trying again", attempt.outcome and attempt.outcome.exception())
+
+
 def _write_disk(path: epath.Path, content: bytes) -> None:
-    """Writes a file of a disk, after further attempts where the disk fails for a while."""
     with replacing(path) as part:
         part.write_bytes(content)
 

@@ -13,6 +13,7 @@ from etils import epath
 from huggingface_hub import CommitOperationAdd, HfApi, constants, errors
 
 from mambaout_jax.errors import UserError, first_line
+from mambaout_jax.files import read_bytes
 from mambaout_jax.model_card import CURVES, METRICS, RUN_CONFIG, model_card, run_command
 from mambaout_jax.models.mambaout import create_model
 from mambaout_jax.models.pretrained import HUB_FILE, variant_preprocessing
@@ -122,7 +123,7 @@ def _write_files(
     if run is not None and (run / "checkpoints").is_dir():
         for theirs, ours in ((CONFIG_FILE, RUN_CONFIG), (METRICS, METRICS), (CURVES, CURVES)):
             if (run / theirs).exists():
-                (folder / ours).write_bytes((run / theirs).read_bytes())
+                (folder / ours).write_bytes(read_bytes(run / theirs))
         curves = (folder / CURVES).exists()
         if (folder / RUN_CONFIG).exists():
             command = run_command(read_json(folder / RUN_CONFIG))

@@ -79,6 +79,10 @@ def test_bad_durations(text):
         (["--config=configs/tiny.py", "--config.learning_rate=1"], "'schedule.learning_rate'"),
         (["--config=configs/tiny.py", "--config.model.nam=x"], "'model.nam'.*'model.name'"),
         (["--config=configs/tiny.py", "--config.model=x"], "'model' is a section"),
+        (
+            ["--config.seed=1", "--config=configs/tiny.py"],
+            "--config.seed stands before --config=FILE: put the file first",
+        ),
     ],
 )
 def test_bad_command_lines(argv, message):

@@ -137,8 +137,7 @@ def test_a_checkpoint_restores_the_state(name, params, tmp_path):
     state = jax.device_put(state, shardings)
     info = dataclasses.replace(small_weights.INFO, num_classes=10)
     with checkpoint.open_checkpoints(epath.Path(tmp_path / "run"), keep=1) as manager:
-        checkpoint.save(manager, state, {"batches": {}}, info, None)
-        checkpoint.finish(manager)
+        checkpoint.save(manager, state, {"batches": {}}, info, None, wait=True)
         found = restore.restore_newest(manager, restore.abstract_state(state, shardings))
     assert found is not None
     assert jax.tree.structure(found[0]) == jax.tree.structure(state)

@@ -114,8 +114,21 @@ def test_a_loader_worker_that_is_killed_saves_the_run(straight, tmp_path):
     assert (straight / "metrics.csv").read_text() == (tmp_path / "run/metrics.csv").read_text()
 
 
-def test_a_signal_while_python_imports_ends_the_run_with_one_line(tmp_path):
-    run = Command(tmp_path)
+@pytest.mark.parametrize(
+    "program",
+    [
+        ("main.py",),
+        pytest.param(("-m", "mambaout_jax", "train"), marks=pytest.mark.slow),
+        # As the program mambaout-jax does.
+        pytest.param(
+            ("-c", "from mambaout_jax.__main__ import main; main()", "train"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["main.py", "module", "program"],
+)
+def test_a_signal_while_python_imports_ends_the_run_with_one_line(program, tmp_path):
+    run = Command(tmp_path, program=program)
     while "jaxlib" not in Path(f"/proc/{run.process.pid}/maps").read_text():
         time.sleep(0.001)
     os.killpg(run.process.pid, signal.SIGINT)

@@ -79,3 +79,10 @@ def test_the_package_imports_with_jax_and_flax_alone():
         [sys.executable, "-c", code, *names], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_command_handles_signals_before_it_imports_jax():
+    """main.py does that; `mambaout-jax train` imports nothing slow until it starts main.py."""
+    code = "import sys, mambaout_jax.__main__; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]

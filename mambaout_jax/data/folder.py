@@ -2,7 +2,6 @@
 
 import os
 import re
-import stat
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from mambaout_jax.bucket import is_bucket
 from mambaout_jax.data.reading import read_file, repeat, unreadable
 from mambaout_jax.data.records import Record, Source
 from mambaout_jax.errors import StorageError, UserError, did_you_mean
+from mambaout_jax.files import kind_of
 
 _SUFFIXES = frozenset(
     (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -18,13 +18,6 @@ _SUFFIXES = frozenset(
 # Names of a split for evaluation, the first that is there; else a part of the training split.
 _EVALUATION = ("validation", "val", "test")
 _HELD_OUT = ("[:80%]", "[80%:]")
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
 
 
 class FolderSource(Source):
@@ -165,17 +158,6 @@ def image_files(directory: Path, what: str) -> list[str]:
         if os.path.splitext(name)[1].lower() not in _SUFFIXES:
             raise UserError(f"{directory / name} is not an image: move it out of the {what}")
         if not is_file:
-            raise UserError(
-                f"{directory / name} is {_kind(directory / name)}, not a file: remove it from the "
-                f"{what}"
-            )
+            kind = kind_of(directory / name)
+            raise UserError(f"{directory / name} is {kind}, not a file: remove it from the {what}")
     return [name for name, _ in files]
-
-
-def _kind(path: Path) -> str:
-    """Returns what a path is that is not a file."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return "a broken link"
-    return next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")

@@ -20,6 +20,7 @@ from mambaout_jax.errors import (
     did_you_mean,
     first_line,
 )
+from mambaout_jax.files import check_files
 
 _EMBEDDED = ("digits",)  # datasets that ship, prepared, beside this file
 _MOST_LABELS = 16  # of an image with several right classes; imagenet2012_real has 9 at most
@@ -154,6 +155,7 @@ def prepared_directory(name: str, directory: str) -> str:
     else:
         root = epath.Path(__file__).parent
     if (root / "dataset_info.json").exists():
+        check_files(root)
         return os.fspath(root)  # the version's own folder was given
     versions = _versions(root / dataset)
     if version:
@@ -166,6 +168,7 @@ def prepared_directory(name: str, directory: str) -> str:
             f"with: tfds build {name} --file_format=array_record --data_dir={root})"
         )
     newest = max(versions, key=lambda child: tuple(map(int, child.split("."))))
+    check_files(root / dataset / newest)
     return os.fspath(root / dataset / newest)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mambaout_jax.data.records import Record, Source
 from mambaout_jax.errors import UserError, first_line
+from mambaout_jax.files import read_text
 from mambaout_jax.labels import imagenet_wordnet_ids
 
 
@@ -20,7 +21,7 @@ def read_subset(path: Path, num_classes: int) -> list[int]:
     """
     ids = {name: index for index, name in enumerate(imagenet_wordnet_ids())}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the class subset {path}: {first_line(error)}") from None
     classes: list[int] = []
@@ -50,9 +51,11 @@ def read_real_labels(path: Path) -> list[list[int]]:
         UserError: the file cannot be read or has another form.
     """
     try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
+        labels = json.loads(read_text(path))
         if isinstance(labels, list) and all(type(i) is int for row in labels for i in row):
             return labels
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read the reassessed labels {path}: {first_line(error)}") from None
     raise UserError(f"the reassessed labels {path} are not a list of lists of class numbers")

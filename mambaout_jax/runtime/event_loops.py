@@ -1,14 +1,16 @@
-"""Hides the tracebacks of Orbax's pending reads and writes after one of them failed."""
+"""Hides the tracebacks of Orbax's other reads and writes after one of them failed.
 
+When one array of a checkpoint cannot be read or written, Orbax raises at once and closes its event
+loop. The errors of the other arrays reach nobody: callbacks in threads of TensorStore fail, and
+asyncio logs what was not retrieved.
+"""
+
+import logging
 import sys
 
 
 class _Hook:
-    """Drops errors of callbacks that come after their event loop is closed; passes on all others.
-
-    When one array of a checkpoint cannot be read or written, Orbax raises at once and closes its
-    event loop. The other arrays' callbacks, in threads of TensorStore, then fail one by one.
-    """
+    """Drops errors of callbacks after their event loop is closed; passes on all others."""
 
     def __init__(self) -> None:
         self.previous = sys.unraisablehook
@@ -20,7 +22,14 @@ class _Hook:
             self.previous(unraisable)
 
 
-def ignore_closed_event_loops() -> None:
-    """Hides these tracebacks from now on. The error that Orbax raised is reported elsewhere."""
+def _is_of_others(record: logging.LogRecord) -> bool:
+    """Returns whether a record of asyncio is about something else than Orbax's tasks."""
+    text = logging.Formatter().format(record)  # with the traceback
+    return not ("never retrieved" in text and ("tensorstore" in text or "orbax" in text))
+
+
+def hide_later_errors() -> None:
+    """Hides these errors from now on. The first one, which Orbax raises, is reported elsewhere."""
     if not isinstance(sys.unraisablehook, _Hook):
         sys.unraisablehook = _Hook()
+    logging.getLogger("asyncio").addFilter(_is_of_others)  # once: it is the same function

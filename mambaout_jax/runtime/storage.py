@@ -26,12 +26,18 @@ READ_ATTEMPTS = 4
 T = TypeVar("T")
 
 
+def system_error(error: BaseException) -> BaseException:
+    """Returns the system's error that a message of Orbax or TensorStore names, or else the same."""
+    if number := re.search(r"\[Errno (\d+)\]|os_error_code='?(\d+)", str(error)):
+        code = int(number[1] or number[2])
+        return OSError(code, os.strerror(code))
+    return error
+
+
 def cause(error: BaseException) -> str:
     """Returns the cause in an error message of Orbax or TensorStore."""
-    text = str(error)
-    if number := re.search(r"\[Errno (\d+)\]|os_error_code='?(\d+)", text):
-        return os.strerror(int(number[1] or number[2]))
-    return first_line(error)
+    found = system_error(error)
+    return getattr(found, "strerror", None) or first_line(found)
 
 
 def reading(read: Callable[[], T], what: str) -> T:

@@ -16,7 +16,7 @@ from etils import epath
 
 from mambaout_jax.bucket import children, failed, io_errors, is_bucket
 from mambaout_jax.errors import AccessError, StorageError, UserError
-from mambaout_jax.files import write_json
+from mambaout_jax.files import check_file, read_text, write_json
 from mambaout_jax.runtime.lease import Lease, take_lease
 from mambaout_jax.runtime.processes import FAILED, all_or_none, end
 from mambaout_jax.runtime.storage import reading
@@ -92,6 +92,7 @@ def lock_workdir(workdir: epath.Path) -> IO[str] | Lease:
     path = workdir / LOCK
     if is_bucket(workdir):
         return take_lease(path, functools.partial(end, code=FAILED))
+    check_file(path)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
@@ -164,8 +165,8 @@ def read_record(workdir: epath.Path) -> dict[str, Any]:
     """
     path = workdir / RECORD
     try:
-        record = json.loads(reading(path.read_text, os.fspath(path)))
-    except (StorageError, AccessError):
+        record = json.loads(reading(functools.partial(read_text, path), os.fspath(path)))
+    except UserError:
         raise
     except (ValueError, RecursionError):  # brackets that go too deep
         record = None

@@ -105,14 +105,17 @@ def late_evaluation(run: Run, position: Position, programs: Programs, session: S
         checkpoint.amend(session.manager, position.step, position.data(run), info, results)
 
 
-def save(run: Run, position: Position, results: dict[str, float] | None, session: Session) -> None:
-    """Starts to save a checkpoint."""
+def save(
+    run: Run, position: Position, results: dict[str, float] | None, session: Session, *, wait: bool
+) -> None:
+    """Starts to save a checkpoint; `wait` as in `checkpoint.save`."""
     position.losses.read()
     with session.clock.of(goodput.SAVE):
         keep_record(session.workdir, run.record)
         info = run.weights_info(results)
         session.recorder.flush()
-        checkpoint.save(session.manager, position.state, position.data(run), info, results)
+        data = position.data(run)
+        checkpoint.save(session.manager, position.state, data, info, results, wait=wait)
     session.progress.restart(position.step)
 
 

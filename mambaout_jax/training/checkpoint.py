@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,9 +23,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mambaout_jax.bucket import absolute, children, failed, is_bucket
 from mambaout_jax.errors import AccessError, StorageError, UserError
-from mambaout_jax.files import write_json, writing
+from mambaout_jax.files import check_files, retrying, write_json, writing
 from mambaout_jax.runtime.processes import all_or_none
-from mambaout_jax.runtime.storage import cause, is_transient, reading
+from mambaout_jax.runtime.storage import is_transient, reading, system_error
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.weights.info import WeightsInfo, score, with_checksum
 from mambaout_jax.weights.integrity import fingerprints
@@ -32,6 +33,7 @@ from mambaout_jax.weights.steps import (
     METADATA,
     is_step,
     mark_copied_steps,
+    remove_unfinished,
     set_aside,
     whole_steps,
 )
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 # What reading JSON of another kind raises; RecursionError: of brackets that go too deep.
 NOT_AS_SAVED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
+SAVING = "async_save"  # Orbax's name of its threads that write checkpoints
 
 
 @contextlib.contextmanager
@@ -100,23 +103,38 @@ def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
 
     Raises:
         StorageError: when storage fails for a while.
+        FullError: when it has no space.
         UserError: names the cause and the last good checkpoint.
     """
     try:
         yield
     except Exception as error:
-        failure = failed(f"cannot save to {manager.directory}", error)
-        if isinstance(failure, StorageError | AccessError):
-            raise type(failure)(f"{failure}; the checkpoints before it are good") from error
+        failure = failed(f"cannot save to {manager.directory}", system_error(error))
         if is_transient(error):
-            raise StorageError(
-                f"cannot save to {manager.directory}: {cause(error)}; the checkpoints before it "
-                "are good: the same command continues from the last one"
-            ) from error
-        manager.reload()
-        latest = manager.latest_step()
-        good = "there is no checkpoint yet" if latest is None else f"checkpoint {latest} is good"
-        raise UserError(f"cannot save to {manager.directory}: {cause(error)}; {good}") from error
+            failure = StorageError(str(failure))
+        with contextlib.suppress(Exception):  # what failed first is reported
+            clear_failed_save(manager)
+        if isinstance(failure, StorageError | AccessError):
+            good = "the checkpoints before it are good"
+        else:
+            latest = manager.latest_step()
+            good = f"checkpoint {latest} is good" if latest else "there is no checkpoint yet"
+        raise type(failure)(f"{failure}; {good}") from error
+
+
+def clear_failed_save(manager: ocp.CheckpointManager) -> None:
+    """Removes what a failed save left on a disk, once its threads are done.
+
+    The save may have become whole in the meantime: Orbax's own record of it is written apart.
+    """
+    if jax.process_count() == 1 and not is_bucket(manager.directory):
+        for thread in threading.enumerate():
+            if thread.name == SAVING:
+                thread.join()
+        with contextlib.suppress(Exception):  # or else the next save raises it again
+            manager.check_for_errors()
+        remove_unfinished(epath.Path(manager.directory))
+    manager.reload()
 
 
 def save(
@@ -125,8 +143,13 @@ def save(
     data: dict[str, Any],
     info: WeightsInfo,
     metrics: dict[str, float] | None,
+    *,
+    wait: bool = False,
 ) -> None:
     """Starts to save the state; returns once the arrays are copied from the devices.
+
+    On a disk that fails or is full for a while further attempts are made; so they are if the save
+    before it turns out to have failed, and this one takes its place.
 
     Args:
         manager: of the workdir's checkpoints.
@@ -134,6 +157,7 @@ def save(
         data: what else a resumed run continues from, as JSON stores it.
         info: what the weights are.
         metrics: of an evaluation at this step, None without one.
+        wait: whether to return only when all is written, as the last save of a process must.
 
     Raises:
         UserError: when this save, or the one before it, cannot be written.
@@ -143,18 +167,21 @@ def save(
     items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
     data = with_checksum(data)
     items |= {"data": ocp.args.JsonSave(data), "meta": ocp.args.JsonSave(info.to_json())}
-    with named_failure(manager):
-        manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+    args = ocp.args.Composite(**items)
 
+    def attempt(wait: bool) -> None:
+        with named_failure(manager):
+            manager.save(int(state.step), args=args, metrics=metrics)
+            if wait:
+                manager.wait_until_finished()
 
-def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until the last save is written.
-
-    Raises:
-        UserError: when it cannot be written.
-    """
-    with named_failure(manager):
-        manager.wait_until_finished()
+    # The processes of a run would have to agree on an attempt; the clients of a bucket make theirs.
+    if jax.process_count() > 1 or is_bucket(manager.directory):
+        attempt(wait)
+        return
+    for trial in retrying():
+        with trial:
+            attempt(wait or trial.retry_state.attempt_number > 1)
 
 
 def amend(
@@ -190,14 +217,17 @@ def set_aside_unreadable(folder: epath.Path) -> None:
             logger.warning("%s is a file, not a checkpoint: renaming it", path)
             set_aside(path)
     for step, path in whole_steps(folder).items():
-        if not has_readable_time(step, path):
-            damaged = METADATA
-        elif not has_readable_metrics(path):
-            damaged = "its metrics"
-        else:
-            continue
-        logger.warning("checkpoint %d is damaged: %s cannot be read", step, damaged)
-        set_aside(path)
+        try:
+            check_files(path)
+            if not has_readable_time(step, path):
+                raise UserError(f"{METADATA} cannot be read")
+            if not has_readable_metrics(path):
+                raise UserError("its metrics cannot be read")
+        except (StorageError, AccessError):
+            raise
+        except UserError as error:
+            logger.warning("checkpoint %d is damaged: %s", step, error)
+            set_aside(path)
 
 
 def has_readable_time(step: int, path: epath.Path) -> bool:

@@ -91,8 +91,6 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
         session = open_session(run, position, workdir, manager, clock, stop, stack)
         stop.saves = True
         train_loop(run, position, programs, session)
-        with clock.of(goodput.SAVE):
-            checkpoint.finish(manager)
         logger.info("%s", clock.line())
         if position.step < run.steps.total or not position.evaluated:
             raise PreemptedError(f"saved at step {position.step} of {run.steps.total}")
@@ -219,8 +217,9 @@ def train_loop(run: Run, position: Position, programs: Programs, session: Sessio
             if step % steps.evaluate_every == 0 or step == steps.total:
                 results = evaluate_and_record(run, position, programs, session)
             stopping = not position.evaluated or session.stop.reached()
-            if step % steps.save_every == 0 or step == steps.total or stopping:
-                save(run, position, results, session)
+            last = step == steps.total or stopping
+            if step % steps.save_every == 0 or last:
+                save(run, position, results, session, wait=last)
             if stopping and step < steps.total:
                 return
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import io
 import logging
 import math
@@ -19,7 +20,7 @@ from PIL import Image
 
 from mambaout_jax.bucket import is_bucket
 from mambaout_jax.errors import AccessError, StorageError, UserError
-from mambaout_jax.files import flush, write_file, writing
+from mambaout_jax.files import flush, read_bytes, read_text, write_file, writing
 from mambaout_jax.inference.evaluate import CLASSES
 from mambaout_jax.runtime.storage import reading
 from mambaout_jax.training.curves import draw_curves
@@ -209,11 +210,11 @@ def read_rows(path: epath.Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     if not path.exists():
         return []
     try:
-        text = reading(path.read_text, os.fspath(path))
+        text = reading(functools.partial(read_text, path), os.fspath(path))
         if not text.endswith("\n"):
             raise ValueError("it is cut off")
         return typed(csv.DictReader(text.splitlines()), columns)
-    except (StorageError, AccessError):
+    except UserError:
         raise
     except (ValueError, KeyError, TypeError, OSError, csv.Error):
         raise UserError(
@@ -249,7 +250,7 @@ def wandb_id(workdir: epath.Path) -> str:
     """
     path = workdir / "wandb_id"
     if path.exists():
-        found = reading(path.read_bytes, os.fspath(path))
+        found = reading(functools.partial(read_bytes, path), os.fspath(path))
         if re.fullmatch(rb"[0-9a-f]{32}\s*", found):  # else the file is damaged
             return found.decode().strip()
     drawn = uuid.uuid4().hex

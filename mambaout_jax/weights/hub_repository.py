@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mambaout_jax.errors import UserError, first_line
+from mambaout_jax.files import read_bytes
 from mambaout_jax.models.pretrained import HUB_FILE
 from mambaout_jax.weights import hub
 from mambaout_jax.weights.hub_config import CONFIG_FILE, INFO_FILE, from_timm
@@ -61,6 +62,8 @@ def read_json(path: Path) -> Any:
         UserError: the file is not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_bytes(path))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from error

@@ -4,8 +4,10 @@ On a disk Orbax writes a step under another name and renames it. A bucket cannot
 one: there Orbax writes the step in place, and the object MARKER when everything else is there.
 """
 
+import errno
 import json
 import re
+import time
 
 from etils import epath
 
@@ -14,6 +16,7 @@ from mambaout_jax.bucket import children, is_bucket, open_bucket, split
 MARKER = "commit_success.txt"
 METADATA = "_CHECKPOINT_METADATA"
 DAMAGED = ".damaged"
+UNFINISHED = ".orbax-checkpoint-tmp"  # follows the name of what Orbax is writing on a disk
 
 
 def whole_steps(folder: epath.Path) -> dict[int, epath.Path]:
@@ -75,3 +78,26 @@ def set_aside(step: epath.Path) -> None:
         if blob.name != marker.name:
             bucket.rename_blob(blob, new + blob.name.removeprefix(key))
     marker.delete()
+
+
+def remove_unfinished(folder: epath.Path, name: str = "*") -> None:
+    """Removes what failed saves left in a folder of a disk.
+
+    Args:
+        folder: where they wrote.
+        name: of what they wrote.
+    """
+    unseen = 0
+    for _ in range(100):  # until Orbax's pending writes no longer add to it
+        found: list[epath.Path] = []
+        try:
+            found += folder.glob(f"{name}{UNFINISHED}*")
+            for path in found:
+                path.rmtree()
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+                return
+        unseen = 0 if found else unseen + 1
+        if unseen == 3:
+            return
+        time.sleep(0.1)

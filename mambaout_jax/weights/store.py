@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -21,13 +20,14 @@ from etils import epath
 
 from mambaout_jax.bucket import absolute, failed, http_status, io_errors, is_bucket
 from mambaout_jax.errors import UserError, first_line
-from mambaout_jax.runtime.event_loops import ignore_closed_event_loops
+from mambaout_jax.files import check_files
+from mambaout_jax.runtime.event_loops import hide_later_errors
 from mambaout_jax.runtime.storage import reading
 from mambaout_jax.weights.info import WeightsInfo, score
 from mambaout_jax.weights.integrity import digest, fingerprints
 from mambaout_jax.weights.output import check_absent, check_space
 from mambaout_jax.weights.shapes import mismatches, param_shapes, tree_shapes
-from mambaout_jax.weights.steps import is_whole, whole_steps
+from mambaout_jax.weights.steps import is_whole, remove_unfinished, whole_steps
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,8 @@ def _find(directory: epath.Path) -> tuple[epath.Path, WeightsInfo]:
 
 
 def _read_info(directory: epath.Path) -> WeightsInfo:
+    check_files(directory)
+
     def read() -> dict[str, Any]:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return checkpointer.restore(directory / "meta", args=ocp.args.JsonRestore())
@@ -143,23 +145,13 @@ def _read_info(directory: epath.Path) -> WeightsInfo:
 
 
 def _remove_unfinished(directory: epath.Path) -> None:
-    """Removes what a failed save left, until Orbax's pending writes no longer add to it."""
+    """Removes what a failed save left."""
     if is_bucket(directory):
         with contextlib.suppress(Exception):  # the bucket may refuse this too
             if not is_whole(directory):
                 directory.rmtree(missing_ok=True)
         return
-    unseen = 0
-    for _ in range(100):
-        found: list[epath.Path] = []
-        with contextlib.suppress(OSError):
-            found += directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*")
-            for path in found:
-                path.rmtree()
-        unseen = 0 if found else unseen + 1
-        if unseen == 3:
-            return
-        time.sleep(0.1)
+    remove_unfinished(directory.parent, directory.name)
 
 
 def _reading(directory: epath.Path, read: Callable[[], T]) -> T:
@@ -169,7 +161,7 @@ def _reading(directory: epath.Path, read: Callable[[], T]) -> T:
         StorageError: storage still fails.
         UserError: any other error, such as damage.
     """
-    ignore_closed_event_loops()
+    hide_later_errors()
     try:
         with _silent_absl():
             return reading(read, f"the checkpoint {directory}")

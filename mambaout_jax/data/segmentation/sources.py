@@ -12,6 +12,7 @@ from mambaout_jax.data.records import Record
 from mambaout_jax.data.segmentation.masks import MaskSource
 from mambaout_jax.data.synthetic import SyntheticSource
 from mambaout_jax.errors import UserError, did_you_mean
+from mambaout_jax.files import read_text
 
 _CLASSES = "classes.txt"  # a name a line
 _ADE_CLASSES = "objectInfo150.txt"  # the table in ADE20K's archive; names are in the last column
@@ -139,11 +140,11 @@ def _others(missing: list[str]) -> str:
 
 def _class_names(root: Path, num_classes: int | None) -> list[str]:
     """Returns the names of the classes, from a file of them if there is one."""
-    file = next((root / n for n in (_CLASSES, _ADE_CLASSES) if (root / n).is_file()), None)
+    file = next((root / n for n in (_CLASSES, _ADE_CLASSES) if (root / n).exists()), None)
     if file is None:
         return _numbered(num_classes, f"{root} has no {_CLASSES} with a class name a line")
     try:
-        lines = file.read_text(encoding="utf-8").rstrip().splitlines()
+        lines = read_text(file).rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{file} cannot be read as UTF-8 text: write a class name a line"
