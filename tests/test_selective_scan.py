@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mambaout_jax.errors import UserError
 from mambaout_jax.ops import selective_scan
-from mambaout_jax.ops.selective_scan import CHUNK
+from mambaout_jax.ops.selective_scan.xla import CHUNK
 
 ALL = tuple(range(6))
 

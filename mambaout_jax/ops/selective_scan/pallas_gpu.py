@@ -1,0 +1,289 @@
+"""Pallas kernels of the selective scan for GPUs, compiled by Triton.
+
+A program walks the tokens of one image for a few channels, with all their states in registers. A
+tile is [states, channels], one number for each thread of a warp, so that the sums over states and
+those over channels are first of registers, and then over few threads. `i` counts the tiles of
+states, `j` those of channels.
+
+The gradient walks the tokens from the last to the first, `_STEPS` at a time, whose states it first
+computes again from those that `forward` kept.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from mambaout_jax.ops.selective_scan.xla import CHUNK
+
+_TILE = (4, 8)  # states, channels
+_CHANNELS = 16  # of a program
+_STEPS = 4  # whose states and decays the gradient keeps in registers
+_LOG2 = 0.6931471805599453
+
+
+def forward(
+    x: jax.Array,
+    delta: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    d: jax.Array,
+    *,
+    keep: bool,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """As `xla.forward`; `interpret` runs the kernel in Pallas' interpreter."""
+    n, length, channels = x.shape
+    out_shape = [jax.ShapeDtypeStruct((x.size,), x.dtype)]
+    states = (n, pl.cdiv(length, CHUNK), a.shape[1], channels)
+    if keep:
+        out_shape.append(jax.ShapeDtypeStruct((math.prod(states),), jnp.float32))
+    y, *kept = _call(
+        _forward, "selective_scan", (x, delta, _exponents(a), b, c, d), out_shape, x, a, interpret
+    )
+    return (y.reshape(x.shape), *(array.reshape(states) for array in kept))
+
+
+def backward(
+    x: jax.Array,
+    delta: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    d: jax.Array,
+    states: jax.Array,
+    dy: jax.Array,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """As `xla.backward`; `interpret` runs the kernel in Pallas' interpreter."""
+    n, length, channels = x.shape
+    state = a.shape[1]
+    shapes = {
+        "da": (n, state, channels),
+        "dd": (n, channels),
+        "db": (pl.cdiv(channels, _CHANNELS), n, length, state),
+    }
+    sums = {name: jax.ShapeDtypeStruct((math.prod(s),), jnp.float32) for name, s in shapes.items()}
+    out_shape = [
+        jax.ShapeDtypeStruct((x.size,), x.dtype),
+        jax.ShapeDtypeStruct((x.size,), delta.dtype),
+        *(sums[name] for name in ("da", "db", "db", "dd")),
+    ]
+    inputs = (x, delta, _exponents(a), b, c, d, states, dy)
+    dx, ddelta, da, db, dc, dd = _call(
+        _backward, "selective_scan_gradient", inputs, out_shape, x, a, interpret
+    )
+    da = da.reshape(shapes["da"]).sum(0).T
+    db, dc = (part.reshape(shapes["db"]).sum(0) for part in (db, dc))
+    dd = dd.reshape(shapes["dd"]).sum(0)
+    tokens = dx.reshape(x.shape), ddelta.reshape(x.shape)
+    return *tokens, da, db.astype(b.dtype), dc.astype(c.dtype), dd
+
+
+def _exponents(a: jax.Array) -> jax.Array:
+    """Returns [S, E], for powers of 2."""
+    return a.T / _LOG2
+
+
+def _call(kernel, name, inputs, out_shape, x, a, interpret):  # type: ignore[no-untyped-def]
+    n, _, channels = x.shape
+    return pl.pallas_call(
+        functools.partial(kernel, shape=(*x.shape, a.shape[1])),
+        out_shape=out_shape,
+        grid=(pl.cdiv(channels, _CHANNELS), n),
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=interpret,
+        name=name,
+    )(*(array.reshape(-1) for array in inputs))
+
+
+class _Program:
+    """Addresses and masks of a program's part of the arrays."""
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        _, self.length, self.channels, self.state = shape
+        self.block, self.image = pl.program_id(0), pl.program_id(1)
+        self.row = jax.lax.broadcasted_iota(jnp.int32, _TILE, 0)
+        self.lane = jax.lax.broadcasted_iota(jnp.int32, _TILE, 1)
+        self.i = range(pl.cdiv(self.state, _TILE[0]))
+        self.j = range(_CHANNELS // _TILE[1])
+        self.e = [self.block * _CHANNELS + j * _TILE[1] + self.lane for j in self.j]
+
+    def s(self, i):  # type: ignore[no-untyped-def]
+        """Returns the states of a tile; as neighbours, Triton would load them in other threads."""
+        return self.row * len(self.i) + i
+
+    def tokens(self, ref, t):  # type: ignore[no-untyped-def]
+        """Loads [N, L, E] at a token: a tile of equal rows for each j."""
+        start = (self.image * self.length + t) * self.channels
+        inside = t < self.length
+        return [_load(ref, start + e, inside & (e < self.channels)) for e in self.e]
+
+    def store_tokens(self, ref, t, values):  # type: ignore[no-untyped-def]
+        """Stores [N, L, E] at a token, for each j."""
+        start = (self.image * self.length + t) * self.channels
+        for e, value in zip(self.e, values, strict=True):
+            _store(ref, start + e, value, (t < self.length) & (e < self.channels))
+
+    def coefficients(self, ref, t, i):  # type: ignore[no-untyped-def]
+        """Loads [N, L, S] at a token: a tile of equal columns."""
+        start = (self.image * self.length + t) * self.state
+        return _load(ref, start + self.s(i), (t < self.length) & (self.s(i) < self.state))
+
+    def states(self, ref, part):  # type: ignore[no-untyped-def]
+        """Loads tiles [i][j] of part of an array [parts, S, E]."""
+        start = part * self.state * self.channels
+        return [
+            [_load(ref, start + s * self.channels + e, self._exist(s, e)) for e in self.e]
+            for s in map(self.s, self.i)
+        ]
+
+    def store_states(self, ref, part, values):  # type: ignore[no-untyped-def]
+        """Stores tiles [i][j] in part of an array [parts, S, E]."""
+        start = part * self.state * self.channels
+        for s, row in zip(map(self.s, self.i), values, strict=True):
+            for e, value in zip(self.e, row, strict=True):
+                _store(ref, start + s * self.channels + e, value, self._exist(s, e))
+
+    def _exist(self, s, e):  # type: ignore[no-untyped-def]
+        return (s < self.state) & (e < self.channels)
+
+    def zeros(self):  # type: ignore[no-untyped-def]
+        """Returns tiles [i][j]."""
+        return [[jnp.zeros(_TILE, jnp.float32) for _ in self.j] for _ in self.i]
+
+    def advance(self, h, a, x_ref, delta_ref, b_ref, t):  # type: ignore[no-untyped-def]
+        """Returns the states after a token, and its x, of the states before it."""
+        x, delta = self.tokens(x_ref, t), self.tokens(delta_ref, t)
+        new = [delta[j] * x[j] for j in self.j]
+        after = []
+        for i in self.i:
+            b = self.coefficients(b_ref, t, i)
+            after.append([jnp.exp2(delta[j] * a[i][j]) * h[i][j] + new[j] * b for j in self.j])
+        return after, x
+
+
+def _load(ref, index, mask):  # type: ignore[no-untyped-def]
+    return plt.load(ref.at[index], mask=mask, other=0).astype(jnp.float32)
+
+
+def _store(ref, index, value, mask):  # type: ignore[no-untyped-def]
+    plt.store(ref.at[index], value.astype(ref.dtype), mask=mask)
+
+
+def _over(axis, value):  # type: ignore[no-untyped-def]
+    """Returns the sum over an axis of a tile, in each of its places."""
+    return jnp.broadcast_to(jnp.sum(value, axis=axis, keepdims=True), _TILE)
+
+
+def _forward(x_ref, delta_ref, a_ref, b_ref, c_ref, d_ref, y_ref, *kept, shape):  # type: ignore[no-untyped-def]
+    program = _Program(shape)
+    chunks = pl.cdiv(program.length, CHUNK)
+    a = program.states(a_ref, 0)
+    d = [_load(d_ref, e, e < program.channels) for e in program.e]
+
+    def chunk(k, h):  # type: ignore[no-untyped-def]
+        for states_ref in kept:
+            program.store_states(states_ref, program.image * chunks + k, h)
+        return jax.lax.fori_loop(k * CHUNK, jnp.minimum((k + 1) * CHUNK, program.length), step, h)
+
+    def step(t, h):  # type: ignore[no-untyped-def]
+        h, x = program.advance(h, a, x_ref, delta_ref, b_ref, t)
+        c = [program.coefficients(c_ref, t, i) for i in program.i]
+        read = [sum(h[i][j] * c[i] for i in program.i) for j in program.j]
+        y = [_over(0, read[j]) + d[j] * x[j] for j in program.j]
+        program.store_tokens(y_ref, t, y)
+        return h
+
+    jax.lax.fori_loop(0, chunks, chunk, program.zeros())
+
+
+def _backward(  # type: ignore[no-untyped-def]
+    x_ref, delta_ref, a_ref, b_ref, c_ref, d_ref, states_ref, dy_ref, *gradients, shape
+):
+    dx_ref, ddelta_ref, da_ref, db_ref, dc_ref, dd_ref = gradients
+    program = _Program(shape)
+    chunks, parts = pl.cdiv(program.length, CHUNK), pl.cdiv(program.length, _STEPS)
+    a = program.states(a_ref, 0)
+    d = [_load(d_ref, e, e < program.channels) for e in program.e]
+
+    steps, zero = range(_STEPS), jnp.zeros(_TILE, jnp.float32)
+
+    def part(index, carry):  # type: ignore[no-untyped-def]
+        dh, da, dd = carry
+        first = (parts - 1 - index) * _STEPS
+        k = jax.lax.div(first, jnp.int32(CHUNK))
+        before = jax.lax.fori_loop(
+            k * CHUNK,
+            first,
+            lambda t, h: program.advance(h, a, x_ref, delta_ref, b_ref, t)[0],
+            program.states(states_ref, program.image * chunks + k),
+        )
+        x, delta, dy = (
+            [program.tokens(ref, first + t) for t in steps] for ref in (x_ref, delta_ref, dy_ref)
+        )
+
+        def tiles(i, carry):  # type: ignore[no-untyped-def]
+            """Takes the first tiles of states off the lists, and appends them."""
+            by_b, by_decay, db, dc, *lists = carry
+            (h, *_), (dh_i, *_), (da_i, *_), (a_i, *_) = lists
+            dh_i, da_i = list(dh_i), list(da_i)
+            b, c = (
+                [program.coefficients(ref, first + t, i) for t in steps] for ref in (b_ref, c_ref)
+            )
+            by_b, by_decay = ([list(row) for row in rows] for rows in (by_b, by_decay))
+            db_i, dc_i = ([zero for _ in steps] for _ in range(2))
+            for j in program.j:
+                new = [delta[t][j] * x[t][j] for t in steps]
+                decays = [jnp.exp2(delta[t][j] * a_i[j]) for t in steps]
+                states = [h[j]]
+                for t in steps:
+                    states.append(decays[t] * states[t] + new[t] * b[t])
+                for t in reversed(steps):
+                    g = dh_i[j] + dy[t][j] * c[t]
+                    dc_i[t] += states[t + 1] * dy[t][j]
+                    db_i[t] += g * new[t]
+                    by_b[t][j] += g * b[t]
+                    dh_i[j] = g * decays[t]
+                    by_exponent = dh_i[j] * states[t]
+                    by_decay[t][j] += a_i[j] * by_exponent
+                    da_i[j] += delta[t][j] * by_exponent
+            db, dc = (
+                [jnp.where(program.lane == i, _over(1, part), whole) for part, whole in pairs]
+                for pairs in (zip(db_i, db, strict=True), zip(dc_i, dc, strict=True))
+            )
+            first_tiles = (h, dh_i, da_i, a_i)
+            lists = [[*l[1:], tile] for l, tile in zip(lists, first_tiles, strict=True)]
+            return by_b, by_decay, db, dc, *lists
+
+        # Of the gradient of h: its products with b, and with the derivative by delta of the decay.
+        by_b, by_decay = ([[zero for _ in program.j] for _ in steps] for _ in range(2))
+        # Sums over channels, with the tile i of states in column i.
+        db, dc = ([zero for _ in steps] for _ in range(2))
+        carry = by_b, by_decay, db, dc, before, dh, da, a
+        carry = jax.lax.fori_loop(0, len(program.i), tiles, carry)
+        by_b, by_decay, db, dc, _, dh, da, _ = carry
+        column = program.s(program.lane)
+        for t in steps:
+            by_b_t = [_over(0, value) for value in by_b[t]]
+            dx = [delta[t][j] * by_b_t[j] + d[j] * dy[t][j] for j in program.j]
+            ddelta = [x[t][j] * by_b_t[j] + _LOG2 * _over(0, by_decay[t][j]) for j in program.j]
+            program.store_tokens(dx_ref, first + t, dx)
+            program.store_tokens(ddelta_ref, first + t, ddelta)
+            token = (program.block * shape[0] + program.image) * program.length + first + t
+            inside = (program.lane < len(program.i)) & (column < program.state) & (first + t < program.length)
+            for ref, value in ((db_ref, db[t]), (dc_ref, dc[t])):
+                _store(ref, token * program.state + column, value, inside)
+            dd = [dd[j] + dy[t][j] * x[t][j] for j in program.j]
+        return dh, da, dd
+
+    zeros = (program.zeros(), program.zeros(), program.zeros()[0])
+    _, da, dd = jax.lax.fori_loop(0, parts, part, zeros)
+    program.store_states(da_ref, program.image, da)
+    for e, value in zip(program.e, dd, strict=True):
+        _store(dd_ref, program.image * program.channels + e, value, e < program.channels)
