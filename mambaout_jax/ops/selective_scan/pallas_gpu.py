@@ -5,7 +5,7 @@ tile is [states, channels], one number for each thread of a warp, so that the su
 those over channels are first of registers, and then over few threads. `i` counts the tiles of
 states, `j` those of channels.
 
-The gradient walks the tokens from the last to the first, `_STEPS` at a time, whose states it first
+The gradient walks the tokens from the last to the first, a few at a time, whose states it first
 computes again from those that `forward` kept.
 """
 
@@ -21,7 +21,8 @@ from mambaout_jax.ops.selective_scan.xla import CHUNK
 
 _TILE = (4, 8)  # states, channels
 _CHANNELS = 16  # of a program
-_STEPS = 4  # whose states and decays the gradient keeps in registers
+_STEPS = 4  # tokens at a time
+_TIMES = range(_STEPS)
 _LOG2 = 0.6931471805599453
 
 
@@ -157,15 +158,18 @@ class _Program:
         """Returns tiles [i][j]."""
         return [[jnp.zeros(_TILE, jnp.float32) for _ in self.j] for _ in self.i]
 
-    def advance(self, h, a, x_ref, delta_ref, b_ref, t):  # type: ignore[no-untyped-def]
-        """Returns the states after a token, and its x, of the states before it."""
-        x, delta = self.tokens(x_ref, t), self.tokens(delta_ref, t)
+    def inputs(self, refs, first):  # type: ignore[no-untyped-def]
+        """Loads x, delta and b of `_STEPS` tokens from their refs: [t][j], [t][j] and [t][i]."""
+        x_ref, delta_ref, b_ref = refs
+        x, delta = ([self.tokens(ref, first + t) for t in _TIMES] for ref in (x_ref, delta_ref))
+        return x, delta, [[self.coefficients(b_ref, first + t, i) for i in self.i] for t in _TIMES]
+
+    def after(self, h, a, x, delta, b):  # type: ignore[no-untyped-def]
+        """Returns the states after a token, of those before it."""
         new = [delta[j] * x[j] for j in self.j]
-        after = []
-        for i in self.i:
-            b = self.coefficients(b_ref, t, i)
-            after.append([jnp.exp2(delta[j] * a[i][j]) * h[i][j] + new[j] * b for j in self.j])
-        return after, x
+        return [
+            [jnp.exp2(delta[j] * a[i][j]) * h[i][j] + new[j] * b[i] for j in self.j] for i in self.i
+        ]
 
 
 def _load(ref, index, mask):  # type: ignore[no-untyped-def]
@@ -183,21 +187,27 @@ def _over(axis, value):  # type: ignore[no-untyped-def]
 
 def _forward(x_ref, delta_ref, a_ref, b_ref, c_ref, d_ref, y_ref, *kept, shape):  # type: ignore[no-untyped-def]
     program = _Program(shape)
-    chunks = pl.cdiv(program.length, CHUNK)
+    chunks, parts = pl.cdiv(program.length, CHUNK), pl.cdiv(program.length, _STEPS)
     a = program.states(a_ref, 0)
     d = [_load(d_ref, e, e < program.channels) for e in program.e]
 
     def chunk(k, h):  # type: ignore[no-untyped-def]
         for states_ref in kept:
             program.store_states(states_ref, program.image * chunks + k, h)
-        return jax.lax.fori_loop(k * CHUNK, jnp.minimum((k + 1) * CHUNK, program.length), step, h)
+        first = k * (CHUNK // _STEPS)
+        return jax.lax.fori_loop(first, jnp.minimum(first + CHUNK // _STEPS, parts), part, h)
 
-    def step(t, h):  # type: ignore[no-untyped-def]
-        h, x = program.advance(h, a, x_ref, delta_ref, b_ref, t)
-        c = [program.coefficients(c_ref, t, i) for i in program.i]
-        read = [sum(h[i][j] * c[i] for i in program.i) for j in program.j]
-        y = [_over(0, read[j]) + d[j] * x[j] for j in program.j]
-        program.store_tokens(y_ref, t, y)
+    def part(k, h):  # type: ignore[no-untyped-def]
+        first = k * _STEPS
+        x, delta, b = program.inputs((x_ref, delta_ref, b_ref), first)
+        c = [[program.coefficients(c_ref, first + t, i) for i in program.i] for t in _TIMES]
+        y = []
+        for t in _TIMES:
+            h = program.after(h, a, x[t], delta[t], b[t])
+            read = [sum(h[i][j] * c[t][i] for i in program.i) for j in program.j]
+            y.append([_over(0, read[j]) + d[j] * x[t][j] for j in program.j])
+        for t in _TIMES:
+            program.store_tokens(y_ref, first + t, y[t])
         return h
 
     jax.lax.fori_loop(0, chunks, chunk, program.zeros())
@@ -212,20 +222,26 @@ def _backward(  # type: ignore[no-untyped-def]
     a = program.states(a_ref, 0)
     d = [_load(d_ref, e, e < program.channels) for e in program.e]
 
-    steps, zero = range(_STEPS), jnp.zeros(_TILE, jnp.float32)
+    zero = jnp.zeros(_TILE, jnp.float32)
+
+    def advance(k, h):  # type: ignore[no-untyped-def]
+        x, delta, b = program.inputs((x_ref, delta_ref, b_ref), k * _STEPS)
+        for t in _TIMES:
+            h = program.after(h, a, x[t], delta[t], b[t])
+        return h
 
     def part(index, carry):  # type: ignore[no-untyped-def]
         dh, da, dd = carry
         first = (parts - 1 - index) * _STEPS
         k = jax.lax.div(first, jnp.int32(CHUNK))
         before = jax.lax.fori_loop(
-            k * CHUNK,
-            first,
-            lambda t, h: program.advance(h, a, x_ref, delta_ref, b_ref, t)[0],
+            k * (CHUNK // _STEPS),
+            parts - 1 - index,
+            advance,
             program.states(states_ref, program.image * chunks + k),
         )
         x, delta, dy = (
-            [program.tokens(ref, first + t) for t in steps] for ref in (x_ref, delta_ref, dy_ref)
+            [program.tokens(ref, first + t) for t in _TIMES] for ref in (x_ref, delta_ref, dy_ref)
         )
 
         def tiles(i, carry):  # type: ignore[no-untyped-def]
@@ -234,17 +250,17 @@ def _backward(  # type: ignore[no-untyped-def]
             (h, *_), (dh_i, *_), (da_i, *_), (a_i, *_) = lists
             dh_i, da_i = list(dh_i), list(da_i)
             b, c = (
-                [program.coefficients(ref, first + t, i) for t in steps] for ref in (b_ref, c_ref)
+                [program.coefficients(ref, first + t, i) for t in _TIMES] for ref in (b_ref, c_ref)
             )
             by_b, by_decay = ([list(row) for row in rows] for rows in (by_b, by_decay))
-            db_i, dc_i = ([zero for _ in steps] for _ in range(2))
+            db_i, dc_i = ([zero for _ in _TIMES] for _ in range(2))
             for j in program.j:
-                new = [delta[t][j] * x[t][j] for t in steps]
-                decays = [jnp.exp2(delta[t][j] * a_i[j]) for t in steps]
+                new = [delta[t][j] * x[t][j] for t in _TIMES]
+                decays = [jnp.exp2(delta[t][j] * a_i[j]) for t in _TIMES]
                 states = [h[j]]
-                for t in steps:
+                for t in _TIMES:
                     states.append(decays[t] * states[t] + new[t] * b[t])
-                for t in reversed(steps):
+                for t in reversed(_TIMES):
                     g = dh_i[j] + dy[t][j] * c[t]
                     dc_i[t] += states[t + 1] * dy[t][j]
                     db_i[t] += g * new[t]
@@ -262,14 +278,14 @@ def _backward(  # type: ignore[no-untyped-def]
             return by_b, by_decay, db, dc, *lists
 
         # Of the gradient of h: its products with b, and with the derivative by delta of the decay.
-        by_b, by_decay = ([[zero for _ in program.j] for _ in steps] for _ in range(2))
+        by_b, by_decay = ([[zero for _ in program.j] for _ in _TIMES] for _ in range(2))
         # Sums over channels, with the tile i of states in column i.
-        db, dc = ([zero for _ in steps] for _ in range(2))
+        db, dc = ([zero for _ in _TIMES] for _ in range(2))
         carry = by_b, by_decay, db, dc, before, dh, da, a
         carry = jax.lax.fori_loop(0, len(program.i), tiles, carry)
         by_b, by_decay, db, dc, _, dh, da, _ = carry
         column = program.s(program.lane)
-        for t in steps:
+        for t in _TIMES:
             by_b_t = [_over(0, value) for value in by_b[t]]
             dx = [delta[t][j] * by_b_t[j] + d[j] * dy[t][j] for j in program.j]
             ddelta = [x[t][j] * by_b_t[j] + _LOG2 * _over(0, by_decay[t][j]) for j in program.j]
