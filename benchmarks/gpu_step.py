@@ -1,4 +1,4 @@
-"""Compares training and inference on one GPU with timm under torch.compile, in images/s.
+r"""Compares training and inference on one GPU with timm under torch.compile, in images/s.
 
 Each side runs in its own process with the GPU to itself. The two sides of a model run one after
 the other in the same run of this script:
@@ -13,7 +13,7 @@ this package is faster.
 Without timm, the first row is the base of the ratios. For the cost of an SSM in the last two
 stages, with each implementation of the selective scan:
 
-  python benchmarks/gpu_step.py --models mambaout_tiny --modes train --batch=128 --no_timm \\
+  python benchmarks/gpu_step.py --models mambaout_tiny --modes train --batch=128 --no_timm \
       --token_mixers conv conv,conv,conv_ssm,conv_ssm --scans auto chunked scan
 """
 

@@ -23,6 +23,7 @@ from mambaout_jax.ops.lowering import Target, call_for_target
 from mambaout_jax.ops.selective_scan import xla
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts
 
+KERNEL_STATES = 32  # at most, of a channel
 IMPLEMENTATIONS = ("auto", "scan", "chunked", "pallas_gpu")
 
 
@@ -46,12 +47,13 @@ def selective_scan(
         c: [N, L, S].
         d: [E].
         implementation: "scan", "chunked", "pallas_gpu", or "auto": "scan" for sequences of one
-            chunk, "pallas_gpu" for longer ones on NVIDIA GPUs and "chunked" elsewhere. A kernel
-            that is chosen by name runs in Pallas' interpreter, slowly, on other platforms.
+            chunk; for longer ones "pallas_gpu" on NVIDIA GPUs, if there are at most 32 states, and
+            "chunked" elsewhere. A kernel that is chosen by name runs in Pallas' interpreter,
+            slowly, on other platforms.
 
     Raises:
-        UserError: when the shapes do not match, the implementation is unknown, and while lowering,
-            when a kernel that is chosen by name cannot be used.
+        UserError: when the shapes do not match, the implementation is unknown or takes fewer
+            states, and while lowering, when a kernel that is chosen by name cannot be used.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
@@ -59,8 +61,13 @@ def selective_scan(
             f"(known: {', '.join(IMPLEMENTATIONS)})"
         )
     _check_shapes(x, delta, a, b, c, d)
-    if implementation == "auto" and x.shape[1] <= xla.CHUNK:
-        implementation = "scan"
+    state = a.shape[1]
+    if implementation == "auto" and (x.shape[1] <= xla.CHUNK or state > KERNEL_STATES):
+        implementation = "scan" if x.shape[1] <= xla.CHUNK else "chunked"
+    if implementation == "pallas_gpu" and state > KERNEL_STATES:
+        raise UserError(
+            f"selective_scan's 'pallas_gpu' takes at most {KERNEL_STATES} states, got {state}"
+        )
     a, d = (on_mesh_of(x, array.astype(jnp.float32)) for array in (a, d))
     if implementation == "scan":
         return xla.scan(x, delta, a, b, c, d).astype(x.dtype)
@@ -134,5 +141,7 @@ class _Choice:
         if not cuda:
             return functools.partial(function, interpret=True)
         if reason := why_unusable(target):
-            raise UserError(f"selective_scan's 'pallas_gpu' cannot be used, choose 'auto': {reason}")
+            raise UserError(
+                f"selective_scan's 'pallas_gpu' cannot be used, choose 'auto': {reason}"
+            )
         return function

@@ -22,7 +22,6 @@ from mambaout_jax.ops.selective_scan.xla import CHUNK
 _TILE = (4, 8)  # states, channels
 _CHANNELS = 16  # of a program
 _STEPS = 4  # tokens at a time
-_TIMES = range(_STEPS)
 _LOG2 = 0.6931471805599453
 
 
@@ -107,7 +106,7 @@ class _Program:
     """Addresses and masks of a program's part of the arrays."""
 
     def __init__(self, shape: tuple[int, int, int, int]) -> None:
-        _, self.length, self.channels, self.state = shape
+        self.images, self.length, self.channels, self.state = shape
         self.block, self.image = pl.program_id(0), pl.program_id(1)
         self.row = jax.lax.broadcasted_iota(jnp.int32, _TILE, 0)
         self.lane = jax.lax.broadcasted_iota(jnp.int32, _TILE, 1)
@@ -151,6 +150,13 @@ class _Program:
             for e, value in zip(self.e, row, strict=True):
                 _store(ref, start + s * self.channels + e, value, self._exist(s, e))
 
+    def store_columns(self, ref, t, values):  # type: ignore[no-untyped-def]
+        """Stores an array [blocks, N, L, S] at a token, of a tile with the states i in column i."""
+        s = self.s(self.lane)
+        start = ((self.block * self.images + self.image) * self.length + t) * self.state
+        inside = (self.lane < len(self.i)) & (s < self.state) & (t < self.length)
+        _store(ref, start + s, values, inside)
+
     def _exist(self, s, e):  # type: ignore[no-untyped-def]
         return (s < self.state) & (e < self.channels)
 
@@ -161,8 +167,14 @@ class _Program:
     def inputs(self, refs, first):  # type: ignore[no-untyped-def]
         """Loads x, delta and b of `_STEPS` tokens from their refs: [t][j], [t][j] and [t][i]."""
         x_ref, delta_ref, b_ref = refs
-        x, delta = ([self.tokens(ref, first + t) for t in _TIMES] for ref in (x_ref, delta_ref))
-        return x, delta, [[self.coefficients(b_ref, first + t, i) for i in self.i] for t in _TIMES]
+        x, delta = (
+            [self.tokens(ref, first + t) for t in range(_STEPS)] for ref in (x_ref, delta_ref)
+        )
+        return (
+            x,
+            delta,
+            [[self.coefficients(b_ref, first + t, i) for i in self.i] for t in range(_STEPS)],
+        )
 
     def after(self, h, a, x, delta, b):  # type: ignore[no-untyped-def]
         """Returns the states after a token, of those before it."""
@@ -200,13 +212,13 @@ def _forward(x_ref, delta_ref, a_ref, b_ref, c_ref, d_ref, y_ref, *kept, shape):
     def part(k, h):  # type: ignore[no-untyped-def]
         first = k * _STEPS
         x, delta, b = program.inputs((x_ref, delta_ref, b_ref), first)
-        c = [[program.coefficients(c_ref, first + t, i) for i in program.i] for t in _TIMES]
+        c = [[program.coefficients(c_ref, first + t, i) for i in program.i] for t in range(_STEPS)]
         y = []
-        for t in _TIMES:
+        for t in range(_STEPS):
             h = program.after(h, a, x[t], delta[t], b[t])
             read = [sum(h[i][j] * c[t][i] for i in program.i) for j in program.j]
             y.append([_over(0, read[j]) + d[j] * x[t][j] for j in program.j])
-        for t in _TIMES:
+        for t in range(_STEPS):
             program.store_tokens(y_ref, first + t, y[t])
         return h
 
@@ -217,89 +229,94 @@ def _backward(  # type: ignore[no-untyped-def]
     x_ref, delta_ref, a_ref, b_ref, c_ref, d_ref, states_ref, dy_ref, *gradients, shape
 ):
     dx_ref, ddelta_ref, da_ref, db_ref, dc_ref, dd_ref = gradients
-    program = _Program(shape)
+    program, steps = _Program(shape), range(_STEPS)
     chunks, parts = pl.cdiv(program.length, CHUNK), pl.cdiv(program.length, _STEPS)
     a = program.states(a_ref, 0)
     d = [_load(d_ref, e, e < program.channels) for e in program.e]
-
     zero = jnp.zeros(_TILE, jnp.float32)
 
     def advance(k, h):  # type: ignore[no-untyped-def]
         x, delta, b = program.inputs((x_ref, delta_ref, b_ref), k * _STEPS)
-        for t in _TIMES:
+        for t in steps:
             h = program.after(h, a, x[t], delta[t], b[t])
         return h
 
     def part(index, carry):  # type: ignore[no-untyped-def]
         dh, da, dd = carry
-        first = (parts - 1 - index) * _STEPS
-        k = jax.lax.div(first, jnp.int32(CHUNK))
-        before = jax.lax.fori_loop(
-            k * (CHUNK // _STEPS),
-            parts - 1 - index,
-            advance,
-            program.states(states_ref, program.image * chunks + k),
-        )
+        index = parts - 1 - index
+        first, k = index * _STEPS, jax.lax.div(index, jnp.int32(CHUNK // _STEPS))
+        kept = program.states(states_ref, program.image * chunks + k)
+        h = jax.lax.fori_loop(k * (CHUNK // _STEPS), index, advance, kept)
         x, delta, dy = (
-            [program.tokens(ref, first + t) for t in _TIMES] for ref in (x_ref, delta_ref, dy_ref)
+            [program.tokens(ref, first + t) for t in steps] for ref in (x_ref, delta_ref, dy_ref)
         )
+        new = [[delta[t][j] * x[t][j] for j in program.j] for t in steps]
 
-        def tiles(i, carry):  # type: ignore[no-untyped-def]
-            """Takes the first tiles of states off the lists, and appends them."""
+        def add_tiles(i, carry):  # type: ignore[no-untyped-def]
+            """Adds the parts of the tiles i, which are first in the lists and become the last."""
             by_b, by_decay, db, dc, *lists = carry
-            (h, *_), (dh_i, *_), (da_i, *_), (a_i, *_) = lists
-            dh_i, da_i = list(dh_i), list(da_i)
+            (h, *_), (dh_after, *_), (da, *_), (a, *_) = lists
+            by_b, by_decay = ([[*row] for row in rows] for rows in (by_b, by_decay))
+            dh, da = [], [*da]
             b, c = (
-                [program.coefficients(ref, first + t, i) for t in _TIMES] for ref in (b_ref, c_ref)
+                [program.coefficients(ref, first + t, i) for t in steps] for ref in (b_ref, c_ref)
             )
-            by_b, by_decay = ([list(row) for row in rows] for rows in (by_b, by_decay))
-            db_i, dc_i = ([zero for _ in _TIMES] for _ in range(2))
+            db_i, dc_i = ([zero for _ in steps] for _ in range(2))
             for j in program.j:
-                new = [delta[t][j] * x[t][j] for t in _TIMES]
-                decays = [jnp.exp2(delta[t][j] * a_i[j]) for t in _TIMES]
-                states = [h[j]]
-                for t in _TIMES:
-                    states.append(decays[t] * states[t] + new[t] * b[t])
-                for t in reversed(_TIMES):
-                    g = dh_i[j] + dy[t][j] * c[t]
-                    dc_i[t] += states[t + 1] * dy[t][j]
-                    db_i[t] += g * new[t]
-                    by_b[t][j] += g * b[t]
-                    dh_i[j] = g * decays[t]
-                    by_exponent = dh_i[j] * states[t]
-                    by_decay[t][j] += a_i[j] * by_exponent
-                    da_i[j] += delta[t][j] * by_exponent
+                of_j = ([value[t][j] for t in steps] for value in (delta, new, dy))
+                dh_j, terms = _tile_gradient((h[j], dh_after[j], a[j]), *of_j, b, c)
+                dh.append(dh_j)
+                for t, (in_b, in_exponent, of_b, of_c) in zip(steps, terms, strict=True):
+                    by_b[t][j] += in_b
+                    by_decay[t][j] += a[j] * in_exponent
+                    da[j] += delta[t][j] * in_exponent
+                    db_i[t] += of_b
+                    dc_i[t] += of_c
             db, dc = (
-                [jnp.where(program.lane == i, _over(1, part), whole) for part, whole in pairs]
+                [jnp.where(program.lane == i, _over(1, of_i), whole) for of_i, whole in pairs]
                 for pairs in (zip(db_i, db, strict=True), zip(dc_i, dc, strict=True))
             )
-            first_tiles = (h, dh_i, da_i, a_i)
-            lists = [[*l[1:], tile] for l, tile in zip(lists, first_tiles, strict=True)]
+            lists = [[*rest[1:], row] for rest, row in zip(lists, (h, dh, da, a), strict=True)]
             return by_b, by_decay, db, dc, *lists
 
-        # Of the gradient of h: its products with b, and with the derivative by delta of the decay.
-        by_b, by_decay = ([[zero for _ in program.j] for _ in _TIMES] for _ in range(2))
-        # Sums over channels, with the tile i of states in column i.
-        db, dc = ([zero for _ in _TIMES] for _ in range(2))
-        carry = by_b, by_decay, db, dc, before, dh, da, a
-        carry = jax.lax.fori_loop(0, len(program.i), tiles, carry)
-        by_b, by_decay, db, dc, _, dh, da, _ = carry
-        column = program.s(program.lane)
-        for t in _TIMES:
+        # For each token: sums over states, [t][j]; sums over channels, the tile i in column i.
+        by_b, by_decay = ([[zero for _ in program.j] for _ in steps] for _ in range(2))
+        db, dc = ([zero for _ in steps] for _ in range(2))
+        sums = jax.lax.fori_loop(
+            0, len(program.i), add_tiles, (by_b, by_decay, db, dc, h, dh, da, a)
+        )
+        by_b, by_decay, db, dc, _, dh, da, _ = sums
+        for t in steps:
             by_b_t = [_over(0, value) for value in by_b[t]]
             dx = [delta[t][j] * by_b_t[j] + d[j] * dy[t][j] for j in program.j]
             ddelta = [x[t][j] * by_b_t[j] + _LOG2 * _over(0, by_decay[t][j]) for j in program.j]
             program.store_tokens(dx_ref, first + t, dx)
             program.store_tokens(ddelta_ref, first + t, ddelta)
-            token = (program.block * shape[0] + program.image) * program.length + first + t
-            inside = (program.lane < len(program.i)) & (column < program.state) & (first + t < program.length)
-            for ref, value in ((db_ref, db[t]), (dc_ref, dc[t])):
-                _store(ref, token * program.state + column, value, inside)
+            program.store_columns(db_ref, first + t, db[t])
+            program.store_columns(dc_ref, first + t, dc[t])
             dd = [dd[j] + dy[t][j] * x[t][j] for j in program.j]
         return dh, da, dd
 
-    zeros = (program.zeros(), program.zeros(), program.zeros()[0])
-    _, da, dd = jax.lax.fori_loop(0, parts, part, zeros)
+    zeros = program.zeros()
+    _, da, dd = jax.lax.fori_loop(0, parts, part, (zeros, zeros, zeros[0]))
     program.store_states(da_ref, program.image, da)
     for e, value in zip(program.e, dd, strict=True):
         _store(dd_ref, program.image * program.channels + e, value, e < program.channels)
+
+
+def _tile_gradient(states, delta, new, dy, b, c):  # type: ignore[no-untyped-def]
+    """Goes back over a few tokens with a tile of states, its gradient and its exponents.
+
+    Returns the gradient of the states before them, and for each token its product with b, that with
+    the exponent's derivative, and the terms of the gradients of b and of c.
+    """
+    (h, dh, a), steps = states, range(len(delta))
+    decays, states = [jnp.exp2(delta[t] * a) for t in steps], [h]
+    for t in steps:
+        states.append(decays[t] * states[t] + new[t] * b[t])
+    terms = []
+    for t in reversed(steps):
+        g = dh + dy[t] * c[t]
+        dh = g * decays[t]
+        terms.append((g * b[t], dh * states[t], g * new[t], states[t + 1] * dy[t]))
+    return dh, terms[::-1]
