@@ -263,13 +263,13 @@ def _backward(  # type: ignore[no-untyped-def]
             )
             db_i, dc_i = ([zero for _ in steps] for _ in range(2))
             for j in program.j:
-                of_j = ([value[t][j] for t in steps] for value in (delta, new, dy))
-                dh_j, terms = _tile_gradient((h[j], dh_after[j], a[j]), *of_j, b, c)
+                delta_j, new_j, dy_j = ([value[t][j] for t in steps] for value in (delta, new, dy))
+                dh_j, terms = _tile_gradient((h[j], dh_after[j], a[j]), delta_j, new_j, dy_j, b, c)
                 dh.append(dh_j)
                 for t, (in_b, in_exponent, of_b, of_c) in zip(steps, terms, strict=True):
                     by_b[t][j] += in_b
                     by_decay[t][j] += a[j] * in_exponent
-                    da[j] += delta[t][j] * in_exponent
+                    da[j] += delta_j[t] * in_exponent
                     db_i[t] += of_b
                     dc_i[t] += of_c
             db, dc = (
