@@ -107,7 +107,7 @@ def _direct(x: jax.Array, d: jax.Array) -> jax.Array:
 
 def _first_state(x: jax.Array, a: jax.Array) -> jax.Array:
     # Of x's sharding, which a scan's first state must have.
-    return jnp.zeros_like(x[:, 0, :, None].astype(jnp.float32) * a[None])
+    return jnp.zeros_like(x[:, 0, :, None].astype(jnp.float32) + a[None])
 
 
 def _chunk(h, a, x, delta, b, c):  # type: ignore[no-untyped-def]
