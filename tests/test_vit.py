@@ -19,6 +19,7 @@ from mambaout_jax.models.flops import attention_block_macs, count_layers, count_
 from mambaout_jax.models.vit import VITS
 from mambaout_jax.runtime.sharding import make_mesh, state_shardings
 from mambaout_jax.training.optimizer import decay_mask
+from mambaout_jax.weights.finetune import layer_scales
 from mambaout_jax.weights.info import WeightsInfo
 
 NAME = "vit_tiny_patch16_224"
@@ -167,11 +168,20 @@ def test_a_config_names_a_vit_and_bad_combinations_are_sentences():
             {**vit, "model.depthwise": "xla"},
             "config.model.depthwise is 'xla', an option of MambaOut",
         ),
-        ({**vit, "optimizer.layer_decay": 0.5}, "layer_decay is MambaOut's"),
         ({"model.attention": "causal"}, "test_mambaout has no attention: expected one of vit_tiny"),
     ):
         with pytest.raises(UserError, match=message):
             build_model(small_run.small_config(**bad))
+
+
+def test_layer_decay_counts_the_blocks():
+    _, params = small()
+    scales = layer_scales(params, 0.5)
+    assert set(jax.tree.leaves(scales["head"])) == {1}
+    assert set(jax.tree.leaves([scales["norm"], scales["blocks_1"]])) == {0.5}
+    assert set(jax.tree.leaves(scales["blocks_0"])) == {0.25}
+    stem = [scales[name] for name in ("patch_embed", "cls_token", "pos_embed")]
+    assert set(jax.tree.leaves(stem)) == {0.125}
 
 
 def test_an_exported_vit_takes_any_batch():
