@@ -17,7 +17,7 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.inference.export import export_program
 from mambaout_jax.models.flops import attention_block_macs, count_layers, count_total
 from mambaout_jax.models.vit import VITS
-from mambaout_jax.runtime.sharding import make_mesh, state_shardings
+from mambaout_jax.runtime.sharding import BATCH, make_mesh, over_mesh, state_shardings
 from mambaout_jax.training.optimizer import decay_mask
 from mambaout_jax.weights.finetune import layer_scales
 from mambaout_jax.weights.info import WeightsInfo
@@ -110,6 +110,29 @@ def test_a_batch_on_a_mesh(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["full", "causal"])
+def test_sharded_gradients_are_equal(attention):
+    mesh = make_mesh(2)
+    model, params = small(depth=1, attention=attention)
+    images = golden.images(0, 8, 64)
+
+    def loss(params, images):
+        return (model.apply({"params": params}, images) * jnp.cos(jnp.arange(5.0))[None]).sum()
+
+    expected = jax.jit(jax.grad(loss))(params, images)
+    shardings = state_shardings(params, mesh)
+    batch = NamedSharding(mesh, BATCH)
+    step = jax.jit(
+        over_mesh(jax.grad(loss), mesh), in_shardings=(shardings, batch), out_shardings=shardings
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max())),
+        step(params, images),
+        expected,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["full", "causal"])
 @pytest.mark.parametrize("name", VITS)
 def test_logits_equal_timms(name, attention):
     timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -184,8 +207,9 @@ def test_layer_decay_counts_the_blocks():
     assert set(jax.tree.leaves(stem)) == {0.125}
 
 
-def test_an_exported_vit_takes_any_batch():
-    model, params = small()
+@pytest.mark.parametrize("attention", ["full", pytest.param("causal", marks=pytest.mark.slow)])
+def test_an_exported_vit_takes_any_batch(attention):
+    model, params = small(attention=attention)
     info = WeightsInfo(NAME, 5, Preprocessing(size=64))
     program = export_program(model, params, info, platforms=("cpu", "cuda", "tpu"))
     images = np.random.RandomState(0).randint(0, 256, (2, 64, 64, 3)).astype(np.uint8)
