@@ -3,10 +3,11 @@
   python benchmarks/gpu_scan.py
 
 Random x, b and c in bfloat16 and delta in float32, as the network has them, for the widths of a
-model's stages at 224 pixels. "forward" is the scan, "gradient" the scan and all its gradients. The
-floor is that of memory: each input read once and each output written once, for the gradient twice
-and once more, at the bandwidth of the card. Median of several rounds; the peak is that of the
-gradient.
+model's stages at 224 pixels. "forward" is the scan, "gradient" the scan and all its gradients.
+There are two floors. That of memory: each input read once and each output written once by the scan,
+and again by its gradient, at the bandwidth of the card. That of the exponentials, one for each
+token, channel and state, in the scan and again in its gradient, which computes the states again: 16
+a cycle and multiprocessor. Median of several rounds; MiB are the memory of the gradient.
 """
 
 import argparse
@@ -64,16 +65,24 @@ def measure(implementation: str, args: tuple[jax.Array, ...]) -> str:
     compiled = gradient.lower(*args).compile().memory_analysis()
     peak = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
     forward, both = seconds(jax.jit(scan), args[:-1]), seconds(gradient, args)
-    return f"forward {1e6 * forward:8,.0f} µs, gradient {1e6 * both:8,.0f} µs, {peak / 2**20:8,.0f}"
+    return f"forward {1e6 * forward:10,.0f} µs, gradient {1e6 * both:10,.0f} µs, {peak / 2**20:8,.0f} MiB"
 
 
-def floor(args: tuple[jax.Array, ...], bandwidth: float) -> str:
-    """Returns the row of the floor."""
+def floors(args: tuple[jax.Array, ...], bandwidth: float, exponentials: float) -> list[str]:
+    """Returns the rows of the floors, of rates in millions a second."""
     *inputs, dy = args
     read, y = sum(array.nbytes for array in inputs), dy.nbytes
-    forward, backward = read + y, 2 * read + y
-    both = forward + backward
-    return f"forward {forward / bandwidth:8,.0f} µs, gradient {both / bandwidth:8,.0f} µs"
+    states = dy.size * _STATE
+    rows = []
+    for name, rate, forward, backward in (
+        ("bytes", bandwidth, read + y, 2 * read + y),
+        ("exponentials", exponentials, states, states),
+    ):
+        both = forward + backward
+        rows.append(
+            f"{name:12} forward {forward / rate:10,.0f} µs, gradient {both / rate:10,.0f} µs"
+        )
+    return rows
 
 
 def main() -> None:
@@ -84,18 +93,23 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[3, 2, 1, 0])
     parser.add_argument("--scans", nargs="+", default=["pallas_gpu", "chunked", "scan"])
     parser.add_argument("--bandwidth", type=float, default=3.35, help="TB/s; 3.35 is an H100's")
+    parser.add_argument(
+        "--exponentials", type=float, default=3.7, help="10^12 a second; 16 x 132 x 1.755 GHz"
+    )
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {args.batch}")
     for stage in args.stages:
         length, channels = (56 // 2**stage) ** 2, find_variant(args.model).widths[stage]
         arrays = arguments(args.batch, length, channels)
-        print(f"L {length}, E {channels}: floor {floor(arrays, 1e6 * args.bandwidth)}", flush=True)
+        print(f"L {length}, E {channels}; floors:")
+        for row in floors(arrays, 1e6 * args.bandwidth, 1e6 * args.exponentials):
+            print(f"  {row}", flush=True)
         for implementation in args.scans:
             try:
                 row = measure(implementation, arrays)
             except jax.errors.JaxRuntimeError as error:  # out of memory
                 row = str(error).splitlines()[0][:90]
-            print(f"  {implementation:10} {row} MiB", flush=True)
+            print(f"  {implementation:12} {row}", flush=True)
 
 
 if __name__ == "__main__":
