@@ -64,8 +64,10 @@ def measure(implementation: str, args: tuple[jax.Array, ...]) -> str:
 
     compiled = gradient.lower(*args).compile().memory_analysis()
     peak = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
-    forward, both = seconds(jax.jit(scan), args[:-1]), seconds(gradient, args)
-    return f"forward {1e6 * forward:10,.0f} µs, gradient {1e6 * both:10,.0f} µs, {peak / 2**20:8,.0f} MiB"
+    forward, both = (
+        1e6 * seconds(*call) for call in ((jax.jit(scan), args[:-1]), (gradient, args))
+    )
+    return f"forward {forward:10,.0f} µs, gradient {both:10,.0f} µs, {peak / 2**20:8,.0f} MiB"
 
 
 def floors(args: tuple[jax.Array, ...], bandwidth: float, exponentials: float) -> list[str]:
