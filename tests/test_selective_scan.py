@@ -133,6 +133,19 @@ def test_a_batch_on_a_mesh(kind):
         np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-5)
 
 
+def test_an_exported_scan_takes_any_batch_on_any_platform():
+    args, _ = example(CHUNK + 4, channels=4)
+    batch = jax.export.symbolic_shape("batch")
+    shapes = [
+        jax.ShapeDtypeStruct((*batch, *array.shape[1:]) if array.ndim == 3 else array.shape, "f4")
+        for array in args
+    ]
+    program = jax.export.export(jax.jit(selective_scan), platforms=("cpu", "cuda", "tpu"))(*shapes)
+    args = in_float32(args)
+    expected = output_and_gradients(args, np.float32(args[0]), "chunked")[0]
+    np.testing.assert_allclose(program.call(*args), expected, rtol=0, atol=1e-5)
+
+
 def test_bad_arguments():
     args = in_float32(example(5)[0])
     with pytest.raises(UserError, match=r"expected x and delta \[N, L, E\], .* got \(2, 4, 3\)"):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from mambaout_jax.errors import UserError
 from mambaout_jax.ops.kernels import kernels_usable, why_unusable
@@ -47,9 +48,9 @@ def selective_scan(
         c: [N, L, S].
         d: [E].
         implementation: "scan", "chunked", "pallas_gpu", or "auto": "scan" for sequences of one
-            chunk; for longer ones "pallas_gpu" on NVIDIA GPUs, if there are at most 32 states, and
-            "chunked" elsewhere. A kernel that is chosen by name runs in Pallas' interpreter,
-            slowly, on other platforms.
+            chunk; for longer ones "pallas_gpu" on NVIDIA GPUs, if there are at most 32 states and
+            the program is not for `jax.export`, and "chunked" elsewhere. A kernel that is chosen by
+            name runs in Pallas' interpreter, slowly, on other platforms.
 
     Raises:
         UserError: when the shapes do not match, the implementation is unknown or takes fewer
@@ -61,13 +62,16 @@ def selective_scan(
             f"(known: {', '.join(IMPLEMENTATIONS)})"
         )
     _check_shapes(x, delta, a, b, c, d)
-    state = a.shape[1]
-    if implementation == "auto" and (x.shape[1] <= xla.CHUNK or state > KERNEL_STATES):
-        implementation = "scan" if x.shape[1] <= xla.CHUNK else "chunked"
-    if implementation == "pallas_gpu" and state > KERNEL_STATES:
+    states = a.shape[1]
+    if implementation == "pallas_gpu" and states > KERNEL_STATES:
         raise UserError(
-            f"selective_scan's 'pallas_gpu' takes at most {KERNEL_STATES} states, got {state}"
+            f"selective_scan's 'pallas_gpu' takes at most {KERNEL_STATES} states, got {states}"
         )
+    if implementation == "auto" and x.shape[1] <= xla.CHUNK:
+        implementation = "scan"
+    # Kernels do not support the symbolic batch of an exported program.
+    if implementation == "auto" and (states > KERNEL_STATES or is_symbolic_dim(x.shape[0])):
+        implementation = "chunked"
     a, d = (on_mesh_of(x, array.astype(jnp.float32)) for array in (a, d))
     if implementation == "scan":
         return xla.scan(x, delta, a, b, c, d).astype(x.dtype)
