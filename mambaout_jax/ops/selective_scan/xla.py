@@ -1,30 +1,21 @@
 """The selective scan in JAX operations.
 
 `scan` is one step after the other; its gradient, which JAX derives, keeps the state of every step.
-`forward` and `backward` compute the states of a chunk of steps at once, by an associative scan.
-Only the states at the start of each chunk are kept: the others are computed again.
+`forward` and `backward` keep the states at the start of each chunk of steps alone, and compute the
+others again. The steps of a chunk are unrolled, so that XLA fuses them.
 """
 
 import jax
 import jax.numpy as jnp
 
-CHUNK = 16  # steps; a chunk's states are an array of [N, CHUNK, E, S]
+CHUNK = 16  # steps
 
 
 def scan(
     x: jax.Array, delta: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array
 ) -> jax.Array:
     """Returns y [N, L, E], float32, of arguments as of `ops.selective_scan`."""
-
-    def step(h, inputs):  # type: ignore[no-untyped-def]
-        x, delta, b, c = inputs
-        decay, new = _coefficients(x, delta, a, b)
-        h = decay * h + new
-        return h, _read(h, c)
-
-    steps = tuple(jnp.moveaxis(array, 1, 0) for array in (x, delta, b, c))
-    _, y = jax.lax.scan(step, _first_state(x, a), steps)
-    return jnp.moveaxis(y, 0, 1) + _direct(x, d)
+    return _walk(_first_state(x, a), a, x, delta, b, c, unroll=1)[1] + _direct(x, d)
 
 
 def forward(
@@ -43,7 +34,7 @@ def forward(
     """
 
     def step(h, inputs):  # type: ignore[no-untyped-def]
-        last, y = _chunk(h, a, *inputs)
+        last, y = _walk(h, a, *inputs)
         return last, (y, jnp.swapaxes(h, 1, 2) if keep else ())
 
     _, (y, states) = jax.lax.scan(step, _first_state(x, a), _chunks(x, delta, b, c))
@@ -77,7 +68,7 @@ def backward(
     def step(carry, inputs):  # type: ignore[no-untyped-def]
         dh, da = carry
         state, dy, *chunk = inputs
-        _, transpose = jax.vjp(_chunk, jnp.swapaxes(state, 1, 2), a, *chunk)
+        _, transpose = jax.vjp(_walk, jnp.swapaxes(state, 1, 2), a, *chunk)
         dh, da_chunk, *gradients = transpose((dh, dy.astype(jnp.float32)))
         return (dh, da + da_chunk), gradients
 
@@ -110,16 +101,18 @@ def _first_state(x: jax.Array, a: jax.Array) -> jax.Array:
     return jnp.zeros_like(x[:, 0, :, None].astype(jnp.float32) + a[None])
 
 
-def _chunk(h, a, x, delta, b, c):  # type: ignore[no-untyped-def]
-    """Returns the state after a chunk, and its outputs."""
-    decay, new = _coefficients(x, delta, a, b)
-    decay, new = jax.lax.associative_scan(_compose, (decay, new), axis=1)
-    states = decay * h[:, None] + new
-    return states[:, -1], _read(states, c)
+def _walk(h, a, x, delta, b, c, unroll=CHUNK):  # type: ignore[no-untyped-def]
+    """Returns the state after the steps, and their outputs, float32 [N, steps, E]."""
 
+    def step(h, inputs):  # type: ignore[no-untyped-def]
+        x, delta, b, c = inputs
+        decay, new = _coefficients(x, delta, a, b)
+        h = decay * h + new
+        return h, _read(h, c)
 
-def _compose(first, second):  # type: ignore[no-untyped-def]
-    return first[0] * second[0], second[0] * first[1] + second[1]
+    steps = tuple(jnp.moveaxis(array, 1, 0) for array in (x, delta, b, c))
+    h, y = jax.lax.scan(step, h, steps, unroll=unroll)
+    return h, jnp.moveaxis(y, 0, 1)
 
 
 def _chunks(*arrays: jax.Array) -> tuple[jax.Array, ...]:
