@@ -51,7 +51,9 @@ def build_model(config: ConfigDict) -> MambaOut:
     if config.task == "segmentation":
         options["channels"] = config.segmentation.channels
         if config.optimizer.layer_decay != 1:
-            raise UserError(f"config.optimizer.layer_decay is MambaOut's: {model.name} needs 1")
+            raise UserError(
+                f"config.optimizer.layer_decay is for classification: {model.name} needs 1"
+            )
     if model.name in VITS:
         defaults = {**DEFAULTS, "depthwise": "auto"}
         if changed := [key for key in options if options[key] != defaults[key]]:
@@ -59,8 +61,6 @@ def build_model(config: ConfigDict) -> MambaOut:
                 f"config.model.{changed[0]} is {options[changed[0]]!r}, an option of MambaOut, and "
                 f"{model.name} is a ViT: leave it out"
             )
-        if config.optimizer.layer_decay != 1:
-            raise UserError(f"config.optimizer.layer_decay is MambaOut's: {model.name} needs 1")
         options = {"attention": model.attention, "image_size": config.data.image_size}
     elif model.attention != DEFAULTS["attention"]:
         raise UserError(

@@ -288,7 +288,7 @@ def build_model_of(classes):
         ({"eval.window": 64}, "config.eval.window is 64 and config.eval.stride 0"),
         ({"eval.stride": 8}, "config.eval.window is 0 and config.eval.stride 8"),
         ({"eval.scales": ()}, "expected numbers above 0"),
-        ({"optimizer.layer_decay": 0.9}, "layer_decay is MambaOut's"),
+        ({"optimizer.layer_decay": 0.9}, "layer_decay is for classification"),
     ],
 )
 def test_bad_keys_are_sentences(shapes, keys, message):
