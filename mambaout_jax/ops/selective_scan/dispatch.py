@@ -5,8 +5,9 @@
 for each channel on its own, with a state of S numbers and h_0 = 0 (Gu and Dao, "Mamba", 2023,
 Algorithm 2, with B_bar = delta B as its implementation has it).
 
-`scan` is one step after the other. The others keep one state in `CHUNK` steps for the gradient, and
-are chosen when the program is lowered: `chunked` in JAX operations, `pallas_gpu` as a kernel.
+`scan` is one step after the other. The others keep one state in `CHUNK` steps for the gradient:
+`chunked` in JAX operations, `pallas_gpu` as a kernel. No GPU has run the kernel, so `auto` leaves
+it out.
 """
 
 import dataclasses
@@ -16,10 +17,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.export import is_symbolic_dim
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.ops.kernels import kernels_usable, why_unusable
+from mambaout_jax.ops.kernels import why_unusable
 from mambaout_jax.ops.lowering import Target, call_for_target
 from mambaout_jax.ops.selective_scan import xla
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts
@@ -48,9 +48,8 @@ def selective_scan(
         c: [N, L, S].
         d: [E].
         implementation: "scan", "chunked", "pallas_gpu", or "auto": "scan" for sequences of one
-            chunk; for longer ones "pallas_gpu" on NVIDIA GPUs, if there are at most 32 states and
-            the program is not for `jax.export`, and "chunked" elsewhere. A kernel that is chosen by
-            name runs in Pallas' interpreter, slowly, on other platforms.
+            chunk and "chunked" for longer ones. The kernel takes at most 32 states, cannot be
+            exported, and runs in Pallas' interpreter, slowly, on other platforms than NVIDIA GPUs.
 
     Raises:
         UserError: when the shapes do not match, the implementation is unknown or takes fewer
@@ -67,11 +66,8 @@ def selective_scan(
         raise UserError(
             f"selective_scan's 'pallas_gpu' takes at most {KERNEL_STATES} states, got {states}"
         )
-    if implementation == "auto" and x.shape[1] <= xla.CHUNK:
-        implementation = "scan"
-    # Kernels do not support the symbolic batch of an exported program.
-    if implementation == "auto" and (states > KERNEL_STATES or is_symbolic_dim(x.shape[0])):
-        implementation = "chunked"
+    if implementation == "auto":
+        implementation = "scan" if x.shape[1] <= xla.CHUNK else "chunked"
     a, d = (on_mesh_of(x, array.astype(jnp.float32)) for array in (a, d))
     if implementation == "scan":
         return xla.scan(x, delta, a, b, c, d).astype(x.dtype)
@@ -134,12 +130,9 @@ class _Choice:
     function: str
 
     def __call__(self, target: Target) -> Callable:
-        cuda = target.platform == "cuda"
-        kernel = self.implementation == "pallas_gpu"
-        if self.implementation == "auto":
-            kernel = cuda and kernels_usable(target)
-        if not kernel:
+        if self.implementation != "pallas_gpu":
             return getattr(xla, self.function)
+        cuda = target.platform == "cuda"
         module = importlib.import_module("mambaout_jax.ops.selective_scan.pallas_gpu")
         function = getattr(module, self.function)
         if not cuda:
