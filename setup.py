@@ -40,6 +40,8 @@ extras = {
     "cuda": ["jax[cuda13]", *fast],
     "torch": ["torch>=2.6"],
     "verify": ["torch>=2.6", "timm>=1.0.14"],
+    # What tests compare with.
+    "parity": ["torch>=2.6", "timm>=1.0.14", "transformers>=5"],
     "wandb": ["wandb>=0.19"],
     "gcs": gcs,
     "prepare": ["tensorflow", "apache-beam", "mlcroissant", "importlib_resources"],
@@ -89,7 +91,7 @@ setup(
     packages=find_packages(include=["mambaout_jax", "mambaout_jax.*"]),
     package_data={
         "mambaout_jax.data.digits": ["1.0.0/*"],
-        "mambaout_jax.labels": ["*.tsv"],
+        "mambaout_jax.labels": ["*.tsv", "*.txt"],
         "mambaout_jax.weights": ["digits.safetensors"],
     },
     cmdclass={"build_py": BuildWithConfigs},

@@ -1,4 +1,4 @@
-"""Compares training and inference on one GPU with timm under torch.compile, in images/s.
+r"""Compares training and inference on one GPU with timm under torch.compile, in images/s.
 
 Each side runs in its own process with the GPU to itself. The two sides of a model run one after
 the other in the same run of this script:
@@ -9,6 +9,12 @@ Both compute in bfloat16 at 224 pixels from images and labels that lie on the GP
 weights, label smoothing 0.1, the paper's drop path and AdamW. timm runs with channels_last,
 autocast, fused AdamW and torch.compile. Median of several rounds. A ratio above 1 means that
 this package is faster.
+
+Without timm, the first row is the base of the ratios. For the cost of an SSM in the last two
+stages, with each implementation of the selective scan:
+
+  python benchmarks/gpu_step.py --models mambaout_tiny --modes train --batch=128 --no_timm \
+      --token_mixers conv conv,conv,conv_ssm,conv_ssm --scans auto chunked scan
 """
 
 import argparse
@@ -19,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 _SIZE = 224  # pixels
 _ROUNDS, _STEPS = 7, 10
@@ -31,23 +38,35 @@ _DROP_PATH = {
 }
 
 
-def ours(model: str, batch: int, mode: str, depthwise: str) -> tuple[Callable[[], None], Callable]:
-    """Returns a call that starts one step, and one that waits for all."""
+def ours(
+    model: str, batch: int, mode: str, depthwise: str, token_mixer: str, scan: str
+) -> tuple[Callable[[], None], Callable, Callable[[], int]]:
+    """Returns a call that starts one step, one that waits for all, and one for the peak memory."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
 
     import mambaout_jax
+    from mambaout_jax.models import ssm
     from mambaout_jax.runtime.compilation import compiler_options
     from mambaout_jax.training.optimizer import decay_mask
     from mambaout_jax.training.state import init_params, init_state
     from mambaout_jax.training.step import Recipe, update_step
 
+    ssm.selective_scan = functools.partial(ssm.selective_scan, implementation=scan)
     key = jax.random.key(0)
     network = mambaout_jax.create_model(
-        model, dtype=jnp.bfloat16, depthwise=depthwise, drop_path_rate=_DROP_PATH[model]
+        model,
+        dtype=jnp.bfloat16,
+        depthwise=depthwise,
+        token_mixer=token_mixer,
+        drop_path_rate=_DROP_PATH[model],
     )
+
+    def peak() -> int:
+        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+
     shapes = jax.eval_shape(functools.partial(init_params, model=network, size=(_SIZE, _SIZE)), key)
     random = np.random.default_rng(0)
     params = jax.tree.map(
@@ -64,7 +83,7 @@ def ours(model: str, batch: int, mode: str, depthwise: str) -> tuple[Callable[[]
         def call() -> None:
             answer[0] = apply(params, images)
 
-        return call, lambda: answer[0].block_until_ready()
+        return call, lambda: answer[0].block_until_ready(), peak
     optimizer = optax.adamw(1e-3, weight_decay=0.05, mask=decay_mask)
     labels = jax.nn.one_hot(jnp.arange(batch) % 1000, 1000)
     inputs = {"image": images, "target": optax.smooth_labels(labels, 0.1)}
@@ -79,11 +98,13 @@ def ours(model: str, batch: int, mode: str, depthwise: str) -> tuple[Callable[[]
     def train() -> None:
         state[0], _ = step(state[0], inputs, key)
 
-    return train, lambda: state[0].step.block_until_ready()
+    return train, lambda: state[0].step.block_until_ready(), peak
 
 
-def theirs(model: str, batch: int, mode: str) -> tuple[Callable[[], None], Callable]:
-    """Returns a call that starts one step of timm's network, and one that waits for all."""
+def theirs(
+    model: str, batch: int, mode: str
+) -> tuple[Callable[[], None], Callable, Callable[[], int]]:
+    """Returns the same as `ours`, of timm's network."""
     import timm
     import torch
 
@@ -102,7 +123,7 @@ def theirs(model: str, batch: int, mode: str) -> tuple[Callable[[], None], Calla
             with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
                 compiled(images)
 
-        return infer, torch.cuda.synchronize
+        return infer, torch.cuda.synchronize, torch.cuda.max_memory_allocated
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05, fused=True)
 
     def train() -> None:
@@ -113,16 +134,14 @@ def theirs(model: str, batch: int, mode: str) -> tuple[Callable[[], None], Calla
         loss.backward()
         optimizer.step()
 
-    return train, torch.cuda.synchronize
+    return train, torch.cuda.synchronize, torch.cuda.max_memory_allocated
 
 
-def measure(side: str, model: str, batch: int, mode: str, depthwise: str) -> None:
-    """Prints the images a second of one side, and the seconds before its first step was done."""
+def measure(side: str, *job: Any) -> None:
+    """Prints one side's images/s, peak memory, and seconds before its first step was done."""
     started = time.perf_counter()
-    if side == "ours":
-        call, wait = ours(model, batch, mode, depthwise)
-    else:
-        call, wait = theirs(model, batch, mode)
+    batch = job[1]
+    call, wait, peak = (ours if side == "ours" else theirs)(*job)
     call()
     wait()
     seconds = time.perf_counter() - started
@@ -136,7 +155,8 @@ def measure(side: str, model: str, batch: int, mode: str, depthwise: str) -> Non
             call()
         wait()
         rates.append(batch * _STEPS / (time.perf_counter() - started))
-    print(json.dumps({"rate": statistics.median(rates), "rates": rates, "first": seconds}))
+    rate = statistics.median(rates)
+    print(json.dumps({"rate": rate, "rates": rates, "first": seconds, "peak": peak()}))
 
 
 def main() -> None:
@@ -148,30 +168,40 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["train", "infer"])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--depthwise", nargs="+", default=["auto"], help="config.model.depthwise")
+    parser.add_argument("--token_mixers", nargs="+", default=["conv"], help="of ours")
+    parser.add_argument(
+        "--scans", nargs="+", default=["auto"], help="implementations of ops.selective_scan"
+    )
     parser.add_argument("--no_timm", action="store_true", help="measure ours alone")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         return measure(*json.loads(args.measure))
-    sides = [] if args.no_timm else [("timm", "")]
-    sides += [("ours", depthwise) for depthwise in args.depthwise]
+    sides: list[tuple[str, ...]] = [] if args.no_timm else [("timm",)]
+    sides += [
+        ("ours", depthwise, token_mixer, scan)
+        for depthwise in args.depthwise
+        for token_mixer in args.token_mixers
+        for scan in (args.scans if "ssm" in token_mixer else ["auto"])
+    ]
     for model in args.models:
         for mode in args.modes:
-            results = {}
-            for side, depthwise in sides:
-                job = json.dumps([side, model, args.batch, mode, depthwise])
+            base = None
+            for side, *options in sides:
+                job = json.dumps([side, model, args.batch, mode, *options])
                 command = [sys.executable, __file__, "--measure", job]
                 run = subprocess.run(command, capture_output=True, text=True, check=False)
+                name = " ".join((side, *options))
                 if run.returncode:
-                    sys.exit(f"{side} {depthwise} {model} {mode} failed:\n{run.stderr[-3000:]}")
+                    print(f"{name} {model} {mode} failed:\n{run.stderr[-3000:]}", flush=True)
+                    continue
                 result = json.loads(run.stdout.splitlines()[-1])
-                results[side, depthwise] = result
-                base = results.get(("timm", ""), result)["rate"]
+                base = base or result["rate"]
                 spread = max(result["rates"]) / min(result["rates"]) - 1
                 print(
-                    f"{model:16} {mode:5} {side} {depthwise:10} {result['rate']:8,.0f} images/s "
+                    f"{model:16} {mode:5} {name:45} {result['rate']:8,.0f} images/s "
                     f"(spread {spread:.1%}), ratio {result['rate'] / base:.2f}, "
-                    f"first step after {result['first']:.0f} s",
+                    f"{result['peak'] / 2**30:.2f} GiB, first step after {result['first']:.0f} s",
                     flush=True,
                 )
     return None

@@ -5,8 +5,8 @@ topology on the CPU (`pip install -e '.[plan]'`):
 
   python benchmarks/tpu_static.py --model=mambaout_tiny --topology=v5e:2x2 --batch=128
 
-- "estimate" is the compiler's own `estimated_cycles` of an operation, summed over the module. It
-  has none for a Pallas call.
+- "estimate" is the compiler's own `estimated_cycles` of an operation, summed over the module, times
+  the trips of the loops around it. It has none for a Pallas call.
 - "counted" is, for each of our kernels, the VLIW bundles of its final schedule times the trips of
   the loops around them, all branches taken, or the time of its transfers if that is longer: the
   bytes of its arrays over the published bandwidth.
@@ -30,7 +30,7 @@ def part_of_step(scope: str) -> str:
     """Returns the part of the network, or of the step, that an operation's scope names."""
     for pattern in (
         r"(stem|downsample|head)/",
-        r"blocks_\d+/(norm|fc1|fc2|conv)/",
+        r"blocks_\d+/(norm|fc1|fc2|conv|ssm)",
         r"(blocks)_\d+",
     ):
         if found := re.search(pattern, scope):
@@ -66,16 +66,18 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:2x2", help="as libtpu names it: v4:2x2x1, …")
     parser.add_argument("--batch", type=int, default=128, help="images a chip")
     parser.add_argument("--depthwise", default="auto", help="as config.model.depthwise")
+    parser.add_argument("--token_mixer", default="conv", help="as config.model.token_mixer")
     args = parser.parse_args()
     config = default.get_config()
     config.model.name, config.model.depthwise = args.model, args.depthwise
+    config.model.token_mixer = args.token_mixer
     try:
         config.batch_size = config.eval.batch_size = args.batch * count_chips(args.topology)
         load_compiler()
         plan = make_plan(config, args.topology, examples=1_281_167)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"{args.model}, depthwise {args.depthwise}, {args.topology}")
+    print(f"{args.model}, {args.token_mixer}, depthwise {args.depthwise}, {args.topology}")
     report(plan)
 
 

@@ -33,9 +33,9 @@ def get_config() -> ConfigDict:
     )
     config.data.name = "imagenet2012"  # TFDS name; "digits" ships with the package
     config.data.dir = ""  # folder of the data; for TFDS, "" means $TFDS_DATA_DIR
-    config.data.train_split = "train"
+    config.data.train_split = "train"  # a part: "train[:90%]"; "" and "": found in a folder
     config.data.eval_split = "validation"
-    config.data.num_classes = 1000
+    config.data.num_classes = 1000  # 0: as many as the training split has
     config.data.reduce_zero_label = False  # masks: 0 is unlabelled, and k + 1 is class k
     config.data.image_size = 224  # pixels; of segmentation the crop, and evaluation's short side
     config.data.workers = -1  # processes that decode and augment; 0: none, -1: chosen by the cores
@@ -69,14 +69,21 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices that share one copy of the parameters; 1: a copy on each
 
-    config.batch_size = 4096  # examples a step, over all devices of all processes
+    config.batch_size = 4096  # examples a step, over all devices of all processes; 0: chosen
     config.accumulate_steps = 1  # parts of a batch that are computed one after the other
     config.label_smoothing = 0.1
     config.loss = "softmax"  # cross entropy; "bce": binary cross entropy, the mean over classes
 
+    config.distillation = ConfigDict()
+    config.distillation.teacher = ""  # weights, as init_from takes them, or an exported .zip
+    config.distillation.kind = "soft"  # Hinton's; or "hard", DeiT's: the teacher's best class
+    config.distillation.weight = 0.5  # of the teacher's loss; the labels' has the rest
+    config.distillation.temperature = 1.0  # of "soft"
+
     config.schedule = ConfigDict()
     config.schedule.kind = "cosine"  # or "poly": linear warmup, then polynomial decay, each step
     config.schedule.power = 1.0  # of the polynomial decay
+    config.schedule.reference_batch = 0  # that the rates are for, see build.rate_scale; 0: any
     config.schedule.learning_rate = 4e-3  # the peak
     config.schedule.duration = "300 epochs"  # of the cosine or the decay, warmup included
     config.schedule.warmup = "20 epochs"
@@ -96,7 +103,7 @@ def get_config() -> ConfigDict:
     config.optimizer.ema_decay = 0.0  # of the averaged parameters, used by evaluation; 0: none
 
     config.eval = ConfigDict()
-    config.eval.batch_size = 1024  # examples a step, over all devices of all processes
+    config.eval.batch_size = 1024  # examples a step, over all devices; 0: as in training
     config.eval.every = "1 epochs"
     config.eval.crop_pct = 1.0  # crop size as a fraction of the resized short side
     config.eval.crop_mode = "center"  # "center", or "squash": the whole image, aspect ratio lost

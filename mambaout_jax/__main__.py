@@ -14,7 +14,17 @@ from mambaout_jax.version import __version__
 
 # Each command is a module in mambaout_jax/cli with SUMMARY, EXAMPLE, add_arguments(parser) and
 # run(args) -> exit status. Slow imports happen in run.
-COMMANDS = ("predict", "models", "summary", "validate", "export", "flops", "push")
+COMMANDS = (
+    "predict",
+    "models",
+    "summary",
+    "validate",
+    "benchmark",
+    "probe",
+    "export",
+    "flops",
+    "push",
+)
 PROGRAM = "python -m mambaout_jax"
 
 

@@ -2,11 +2,13 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mambaout_jax import config as configuration
@@ -15,6 +17,7 @@ from mambaout_jax.build_data import (
     build_eval_options,
     build_preprocessing,
     build_train_batches,
+    fill_in,
 )
 from mambaout_jax.config import duration_steps
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -28,6 +31,7 @@ from mambaout_jax.training.optimizer import make_optimizer
 from mambaout_jax.training.recipe import Recipe
 from mambaout_jax.training.run import Run, Steps
 from mambaout_jax.training.schedule import CosineSchedule, PolynomialSchedule, Schedule
+from mambaout_jax.training.teacher import Teacher, read_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,9 @@ def build_model(config: ConfigDict) -> MambaOut:
     if config.task == "segmentation":
         options["channels"] = config.segmentation.channels
         if config.optimizer.layer_decay != 1:
-            raise UserError(f"config.optimizer.layer_decay is MambaOut's: {model.name} needs 1")
+            raise UserError(
+                f"config.optimizer.layer_decay is for classification: {model.name} needs 1"
+            )
     if model.name in VITS:
         defaults = {**DEFAULTS, "depthwise": "auto"}
         if changed := [key for key in options if options[key] != defaults[key]]:
@@ -55,8 +61,6 @@ def build_model(config: ConfigDict) -> MambaOut:
                 f"config.model.{changed[0]} is {options[changed[0]]!r}, an option of MambaOut, and "
                 f"{model.name} is a ViT: leave it out"
             )
-        if config.optimizer.layer_decay != 1:
-            raise UserError(f"config.optimizer.layer_decay is MambaOut's: {model.name} needs 1")
         options = {"attention": model.attention, "image_size": config.data.image_size}
     elif model.attention != DEFAULTS["attention"]:
         raise UserError(
@@ -107,6 +111,17 @@ def build_steps(config: ConfigDict, steps_per_epoch: int) -> Steps:
     )
 
 
+def rate_scale(config: ConfigDict) -> float:
+    """Returns the factor of the learning rates, by the batch size over `schedule.reference_batch`.
+
+    It is the ratio's square root for adamw and lamb, else the ratio, as timm has it.
+    """
+    if not config.schedule.reference_batch:
+        return 1.0
+    ratio = config.batch_size / config.schedule.reference_batch
+    return ratio**0.5 if config.optimizer.name in ("adamw", "lamb") else ratio
+
+
 def build_schedule(config: ConfigDict, steps_per_epoch: int) -> Schedule:
     """Returns the learning rate as a function of the step.
 
@@ -129,10 +144,11 @@ def build_schedule(config: ConfigDict, steps_per_epoch: int) -> Schedule:
             "epochs, and the learning rate moves once an epoch: expected whole epochs, or "
             "--config.schedule.per=step"
         )
+    scale = rate_scale(config)
     common = {
-        "peak": schedule.learning_rate,
-        "start": schedule.warmup_learning_rate,
-        "end": schedule.min_learning_rate,
+        "peak": scale * schedule.learning_rate,
+        "start": scale * schedule.warmup_learning_rate,
+        "end": scale * schedule.min_learning_rate,
         "duration": duration,
         "warmup": warmup,
     }
@@ -176,17 +192,41 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> Recipe:
         accumulate_steps=config.accumulate_steps,
         ema_decay=config.optimizer.ema_decay,
         task=config.task,
+        distillation=config.distillation.kind,
+        distillation_weight=config.distillation.weight,
+        distillation_temperature=config.distillation.temperature,
         auxiliary_weight=config.segmentation.auxiliary_weight,
     )
 
 
+def build_teacher(config: ConfigDict, classes: Sequence[str], mesh: Mesh) -> Teacher | None:
+    """Returns the teacher of a distillation, None without one; `classes` are the data's.
+
+    Raises:
+        UserError: see `read_teacher`.
+    """
+    if not config.distillation.teacher:
+        return None
+    return read_teacher(
+        config.distillation.teacher,
+        classes=classes,
+        image_size=config.data.image_size,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        dtype=config.model.dtype,
+        device=mesh.devices.flat[0],
+    )
+
+
 def build_run(config: ConfigDict) -> Run:
-    """Builds a run from its config; writes nothing.
+    """Builds a run from its config, which `fill_in` changes; writes nothing.
 
     Raises:
         UserError: names what is wrong in the config, the data or the devices, or what differs
             between the hosts.
     """
+    with all_or_none():
+        fill_in(config)
     check_alike(config=json.dumps(configuration.shared(config), sort_keys=True))
     with all_or_none():
         return _build_run(config)
@@ -216,6 +256,7 @@ def _build_run(config: ConfigDict) -> Run:
         schedule=schedule,
         optimizer=build_optimizer(config, schedule),
         recipe=build_recipe(config, steps_per_epoch),
+        teacher=build_teacher(config, batches.class_names, mesh),
         steps=build_steps(config, steps_per_epoch),
         init_from=config.init_from,
         keep_checkpoints=config.checkpoint.keep,

@@ -1,17 +1,63 @@
 """Turns the data, augmentation and evaluation keys of a config into datasets and batches."""
 
+import dataclasses
+import logging
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from mambaout_jax.data.augment import Augmentation
+from mambaout_jax.data.folder import find_splits
 from mambaout_jax.data.loader import EvalBatches, LoaderOptions, TrainBatches
 from mambaout_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from mambaout_jax.data.segmentation.augment import SegmentationAugmentation
 from mambaout_jax.data.segmentation.whole import WholeImages
-from mambaout_jax.data.sources import Dataset
+from mambaout_jax.data.sources import Dataset, open_source
+from mambaout_jax.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+LARGEST_BATCH = 128  # that `fill_in` chooses
+STEPS_PER_EPOCH = 8  # at least, with a batch that `fill_in` chooses
 LONG_SIDE = 4  # of a whole image for segmentation, at most, in short sides: 2048 to 512
+
+
+def fill_in(config: ConfigDict) -> None:
+    """Replaces the keys that a config leaves to the data, and logs what they become.
+
+    Splits "" are found in a folder, see `find_splits`; `data.num_classes` 0 is that of the training
+    split. A batch size 0 is the largest power of two that gives eight steps an epoch, at most 128.
+
+    Raises:
+        UserError: the data cannot be read, or only one split is "".
+    """
+    data, chosen = config.data, []
+    if "" in (data.train_split, data.eval_split):
+        if data.train_split or data.eval_split or data.source != "folder":
+            raise UserError(
+                f"config.data.train_split is {data.train_split!r} and config.data.eval_split "
+                f"{data.eval_split!r}: expected two names, or a folder, in which both are found"
+            )
+        if not data.dir:
+            raise UserError("no images: expected --config.data.dir=FOLDER, with class folders")
+        data.train_split, data.eval_split = find_splits(data.dir)
+        chosen += [f"training on {data.train_split}", f"evaluation on {data.eval_split}"]
+    if 0 in (data.num_classes, config.batch_size):
+        dataset = build_dataset(config)
+        if not data.num_classes:
+            dataset = dataclasses.replace(dataset, num_classes=None)
+        source = open_source(dataset, data.train_split)
+        if not data.num_classes:
+            data.num_classes = source.num_classes
+            chosen.append(f"{source.num_classes} classes")
+        if not config.batch_size:
+            size = max(len(source) // STEPS_PER_EPOCH, jax.device_count())
+            config.batch_size = 2 ** min(size, LARGEST_BATCH).bit_length() // 2
+            chosen.append(f"batches of {config.batch_size} of its {len(source):,} images")
+    config.eval.batch_size = config.eval.batch_size or config.batch_size
+    if chosen:
+        logger.info("%s: %s", data.dir or data.name, ", ".join(chosen))
 
 
 def build_dataset(config: ConfigDict) -> Dataset:

@@ -20,6 +20,7 @@ from mambaout_jax.files import kind_of
 from mambaout_jax.models.upernet import PREFIX
 from mambaout_jax.models.vit import ATTENTIONS
 from mambaout_jax.training.classification import LOSSES
+from mambaout_jax.training.distillation import KINDS
 from mambaout_jax.training.mixing import check_group
 from mambaout_jax.training.optimizer import OPTIMIZERS
 from mambaout_jax.training.task import TASKS
@@ -48,6 +49,10 @@ FREE_KEYS = (
 ADDED_KEYS: dict[str, Any] = {
     "augment.mixup_group": 0,
     "loss": "softmax",
+    "distillation.teacher": "",
+    "distillation.kind": "soft",
+    "distillation.weight": 0.5,
+    "distillation.temperature": 1.0,
     "optimizer.name": "adamw",
     "model.token_mixer": "conv",
     "model.kernel_size": 7,
@@ -61,6 +66,7 @@ ADDED_KEYS: dict[str, Any] = {
     "segmentation.photometric": True,
     "schedule.kind": "cosine",
     "schedule.power": 1.0,
+    "schedule.reference_batch": 0,
     "eval.scales": [1.0],
     "eval.flip": False,
     "eval.window": 0,
@@ -71,6 +77,7 @@ UNREAD: dict[str, dict[str, Any]] = {
     "segmentation": {
         "label_smoothing": 0.0,
         "loss": "softmax",
+        "distillation.teacher": "",
         "augment.crop_scale": [0.08, 1.0],
         "augment.crop_ratio": [3 / 4, 4 / 3],
         "augment.interpolation": "random",
@@ -146,10 +153,13 @@ RANGES: dict[str, Range] = {
     "batch_size": COUNT,
     "accumulate_steps": COUNT,
     "label_smoothing": BELOW_ONE,
+    "distillation.weight": PROBABILITY,
+    "distillation.temperature": POSITIVE,
     "segmentation.channels": Range(2),
     "segmentation.auxiliary_weight": NOT_NEGATIVE,
     "segmentation.cat_max_ratio": Range(0, 1, open_low=True),
     "schedule.power": POSITIVE,
+    "schedule.reference_batch": NOT_NEGATIVE,
     "schedule.learning_rate": NOT_NEGATIVE,
     "schedule.warmup_learning_rate": NOT_NEGATIVE,
     "schedule.min_learning_rate": NOT_NEGATIVE,
@@ -183,6 +193,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.backend": ("auto", "pillow", "fast"),
     "augment.interpolation": ("random", "bilinear", "bicubic"),
     "loss": tuple(LOSSES),
+    "distillation.kind": tuple(KINDS),
     "schedule.per": ("epoch", "step"),
     "optimizer.name": tuple(OPTIMIZERS),
     "eval.crop_mode": ("center", "squash"),

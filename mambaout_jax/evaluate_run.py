@@ -18,6 +18,7 @@ from mambaout_jax.build_data import (
     build_evaluation,
     build_loader_options,
     build_preprocessing,
+    fill_in,
 )
 from mambaout_jax.data.sources import open_source
 from mambaout_jax.errors import UserError
@@ -59,6 +60,7 @@ def evaluate_workdir(
             configuration.overlay(config, read_record(workdir), given)
             if "init_from" not in given:
                 config.init_from = ""  # the run began with those; now it has its own
+        fill_in(config)
     check_alike(config=json.dumps(configuration.shared(config), sort_keys=True))
     configuration.check(config)
     weights = str(config.init_from or workdir)

@@ -112,6 +112,7 @@ def _write_files(
     else:
         params, info = read_weights(weights)
         run = epath.Path(weights)
+    info.check_task("classification", "push uploads timm's layout, which has no such network")
     info = dataclasses.replace(info, averaged=False, digest=digest(params), fingerprints={})
     config = to_timm(info)  # refuses what timm does not have, before anything is written
     network = info.create_model()

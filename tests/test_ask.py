@@ -50,6 +50,7 @@ def test_the_plan_has_every_combination_and_one_recipe(ask):
         ("--budget=20", "--budget: '20' is not a duration"),
         ("--resolutions=big", "--resolutions has 'big': expected pixels"),
         ("--seeds=0", "--seeds is 0: expected at least 1"),
+        ("--jobs=0", "--jobs is 0: expected at least 1"),
         ("--config.model.mixer=conv", "unknown config key 'model.mixer'"),
         ("--config.seed=3", "--config.seed differs between the runs: use --seeds"),
         ("--mixer", "unknown argument"),

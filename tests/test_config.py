@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from test_finetune import write_classes
 
 from configs import default
 from mambaout_jax import config as configuration
@@ -14,7 +15,7 @@ from mambaout_jax.build import (
     build_schedule,
     build_steps,
 )
-from mambaout_jax.build_data import build_preprocessing
+from mambaout_jax.build_data import build_preprocessing, fill_in
 from mambaout_jax.errors import UserError
 from mambaout_jax.runtime.workdir import RECORD, check_workdir, keep_record
 from mambaout_jax.training.state import init_params, init_state
@@ -23,8 +24,12 @@ CONFIGS = sorted(p for p in Path("configs").glob("*.py") if p.stem not in ("__in
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_builds(path):
+def test_every_config_builds(path, tmp_path):
     config = configuration.load_config(path)
+    if not config.data.num_classes:  # found in the data
+        write_classes(tmp_path, cat=2, dog=2)
+        config.data.dir = str(tmp_path)
+    fill_in(config)
     configuration.check(config)
     model = build_model(config)
     build_recipe(config, steps_per_epoch=10)

@@ -112,6 +112,7 @@ print(*[np.abs(one - other).max() / np.abs(one).max() for one, other in zip(maps
 """
 
 
+@pytest.mark.slow
 def test_the_faults_change_the_network():
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], capture_output=True, text=True, cwd=BENCHMARKS.parent

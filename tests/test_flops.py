@@ -1,5 +1,6 @@
 """Counts of parameters and multiply-accumulates: pinned, and checked against published figures."""
 
+import functools
 import json
 import math
 
@@ -18,7 +19,9 @@ from mambaout_jax.models.flops import (
     long_sequence,
 )
 from mambaout_jax.models.mambaout import create_model
+from mambaout_jax.models.ssm import STATE
 from mambaout_jax.models.variants import VARIANTS
+from mambaout_jax.ops.selective_scan import xla
 
 MACS = {
     "mambaout_femto": 1_156_177_152,
@@ -107,16 +110,78 @@ def test_the_summary_command(capsys):
 
 
 def count_products(jaxpr):
-    """Returns the multiply-accumulates of all matrix products of a program."""
+    """Returns the multiply-accumulates of all matrix products and convolutions of a program."""
     total = 0
     for equation in jaxpr.eqns:
+        result = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
-            inner = math.prod(left[axis] for axis in contracted)
-            total += inner * math.prod(equation.outvars[0].aval.shape)
+            total += result * math.prod(left[axis] for axis in contracted)
+        if equation.primitive.name == "conv_general_dilated":
+            *taps, inputs, _ = equation.invars[1].aval.shape
+            total += result * math.prod(taps) * inputs
+        if reference := equation.params.get("reference"):  # of ops.lowering.call_for_target
+            call = functools.partial(reference, **dict(equation.params["options"]))
+            inputs = [var.aval for var in equation.invars]
+            total += count_products(jax.make_jaxpr(call)(*inputs).jaxpr)
         total += sum(count_products(inner) for inner in jaxprs_in_params(equation.params))
     return total
+
+
+def count_multiplications(jaxpr):
+    """Returns the products of numbers of a program, and those of the bodies of its loops."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "mul":
+            total += math.prod(equation.outvars[0].aval.shape)
+        inner = sum(map(count_multiplications, jaxprs_in_params(equation.params)))
+        total += inner * equation.params.get("length", 1)
+    return total
+
+
+def traced(model, size):
+    images = jnp.zeros((1, size, size, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    return params, jax.make_jaxpr(model.apply)(params, images).jaxpr
+
+
+def multiplications_of_scan(length, channels):
+    tokens, coefficients = jnp.zeros((1, length, channels)), jnp.zeros((1, length, STATE))
+    args = tokens, tokens, jnp.zeros((channels, STATE)), coefficients, coefficients, tokens[0, 0]
+    return count_multiplications(jax.make_jaxpr(xla.scan)(*args).jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "kernel_size"),
+    [("conv", 3), ("conv", 13), ("conv_ssm", 7), ("conv_ssm_bidirectional", 5), ("none", 7)],
+)
+def test_each_mixer_counts_as_its_program(mixer, kernel_size):
+    widths, depths, size = (16, 16, 32, 32), (1, 1, 1, 1), 64
+    model = create_model(
+        "test_mambaout", depths=depths, widths=widths, expansion_ratio=2.0, depthwise="xla",
+        token_mixer=mixer, kernel_size=kernel_size,
+    )  # fmt: skip
+    params, jaxpr = traced(model, size)
+    total = count_total(model, (size, size, 3))
+    assert total.params == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    scans = {"conv_ssm": 1, "conv_ssm_bidirectional": 2}.get(mixer, 0)
+    stages = zip((16, 8, 4, 2), widths, strict=True)
+    scanned = scans * sum(multiplications_of_scan(side**2, width) for side, width in stages)
+    layers = count_layers(model, (size, size, 3))
+    norms = sum(5 * math.prod(layer.shape) for layer in layers if layer.kind == "LayerNorm")
+    assert total.macs == count_products(jaxpr) + scanned + norms
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+def test_vits_count_as_their_program(attention):
+    options = {"depth": 2, "width": 24, "heads": 3, "image_size": 64, "num_classes": 5}
+    model = create_model("vit_tiny_patch16_224", attention=attention, **options)
+    params, jaxpr = traced(model, 64)
+    total = count_total(model, (64, 64, 3))
+    assert total.params == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    norms = 5 * 24 * (2 * 2 * 17 + 1)
+    assert total.macs == count_products(jaxpr) + norms
 
 
 def test_the_formula_counts_a_transformer_block():
@@ -141,7 +206,12 @@ def test_six_widths_of_tokens_are_a_long_sequence(capsys):
     assert main(["flops", "--width=384"]) == 0
     short = capsys.readouterr().out
     assert "752,640,000" in short  # 24 * 384**2 * 196 + 4 * 384 * 196**2
-    assert "470,550,528" in short
+    assert "conv (MambaOut)           470,550,528" in short
+    projections, scan = (24 + 2 * 16) + 24, 4 * 16 + 2  # for each token and channel, of rank 24
+    ssm = 2 * 196 * 384 * (projections + scan)
+    assert f"conv_ssm                  {470_550_528 + ssm:,}" in short
+    assert main(["flops", "--kernel-size=8"]) == 1
+    assert "kernel_size is 8: expected one of 3, 5" in capsys.readouterr().err
     assert "L = 196 <= 6D = 2,304: not a long sequence" in short
     assert main(["flops", "--width=384", "--size", "800", "1280"]) == 0
     assert "L = 4,000 > 6D = 2,304: a long sequence" in capsys.readouterr().out

@@ -24,6 +24,15 @@ HloModule jit_train_step
   ROOT %sum = f32[]{:T(128)} add(%x, %y)
 }
 
+%limit (state: (s32[], f32[64,10])) -> pred[] {
+  %constant.13 = s32[]{:T(128)} constant(13), metadata={op_name="jit(f)/jvp()" stack_frame_id=18}
+  ROOT %lt.8 = pred[]{:T(512)} compare(%counter, %constant.13), direction=LT, metadata={op_name="jit(train_step)/ssm/while/cond/lt"}
+}
+
+%chunk (state: (s32[], f32[64,10])) -> (s32[], f32[64,10]) {
+  %fusion.9 = f32[64,10]{1,0:T(8,128)} fusion(%state), kind=kLoop, calls=%h, backend_config={"estimated_cycles":"10"}
+}
+
 %body (state: (s32[], f32[64,10])) -> (s32[], f32[64,10]) {
   %all-gather.3 = f32[64]{0:T(64)} all-gather(%shard), channel_id=3, dimensions={0}
   %fusion.8 = f32[64,10]{1,0:T(8,128)} fusion(%state), kind=kLoop, calls=%g, backend_config={"estimated_cycles":"100"}
@@ -38,6 +47,7 @@ ENTRY %main (p: f32[64,10], q: f32[1024]) -> f32[] {
   %all-reduce.1 = (f32[64,10]{1,0:T(8,128)}, f32[1024]{0:T(1024)S(1)}) all-reduce(%fusion.7, %q.1), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
   %all-gather-start = (f32[1024]{0:T(1024)}, f32[8192]{0:T(1024)}) all-gather-start(%q.1), channel_id=2, dimensions={0}
   %while.1 = (s32[], f32[64,10]) while(%tuple), condition=%condition, body=%body, metadata={op_name="jit(train_step)/while" stack_frame_id=150}
+  %while.2 = (s32[], f32[64,10]) while(%tuple.2), condition=%limit, body=%chunk, metadata={op_name="jit(train_step)/ssm/while" stack_frame_id=24}
   ROOT %copy.1 = f32[]{:T(128)} copy(%c), backend_config={"estimated_cycles":"20"}
 }
 """  # noqa: E501
@@ -66,7 +76,8 @@ def test_a_module_is_read():
     assert program.operations == (
         Operation(3791, "fusion.7", "jit(train_step)/stages_0/blocks_0/fc2/dot_general"),
         Operation(20, "copy.1", ""),
-        Operation(400, "fusion.8", ""),
+        Operation(4 * 100, "fusion.8", ""),
+        Operation(13 * 10, "fusion.9", ""),
     )
     assert program.kernels == {kernel: 2}
     assert program.collectives == {

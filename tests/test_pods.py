@@ -89,20 +89,22 @@ def table(workdir):
 
 def test_one_of_two_is_asked_to_end_and_another_world_goes_on(tmp_path, caplog):
     """Saved by two processes, resumed by one of eight devices, equal to a run of those alone."""
-    pair = Launch(tmp_path, 2)
+    # Longer than the others: the processes must agree on a step at which both stop.
+    keys = ("--config.schedule.duration=20 epochs", "--config.eval.every=20 epochs")
+    pair = Launch(tmp_path, 2, keys=dict.fromkeys((0, 1), keys))
     pair.wait_for(r"step +2/")
     pair.processes[1].send_signal(signal.SIGTERM)
     codes, logs = pair.end()
     assert codes == [75, 75], logs
-    (step,) = {*re.findall(r"saved at step (\d+) of 12", "".join(logs))}
+    (step,) = {*re.findall(r"saved at step (\d+) of 80", "".join(logs))}
     config = configuration.load_config(ROOT / "configs/quickstart.py")
-    for key in KEYS[1:]:
+    for key in (*KEYS[1:], *keys):
         name, value = key.removeprefix("--config.").split("=")
         config.update_from_flattened_dict({name: int(value) if value.isdigit() else value})
     train(config, tmp_path / "straight")
     with caplog.at_level("INFO"):
         train(config, tmp_path / "run")
-    assert f"resumed at step {step} of 12" in caplog.text
+    assert f"resumed at step {step} of 80" in caplog.text
     assert "saved by 2 devices in 2 processes; now there are 8 devices in 1 proc" in caplog.text
     np.testing.assert_allclose(table(tmp_path / "run"), table(tmp_path / "straight"), rtol=1e-5)
 

@@ -110,7 +110,12 @@ def flip_a_bit(path):
             marks=pytest.mark.slow,
             id="missing",
         ),
-        pytest.param(cut_off, lambda folder: folder / "metrics" / "metrics", id="metrics"),
+        pytest.param(
+            cut_off,
+            lambda folder: folder / "metrics" / "metrics",
+            marks=pytest.mark.slow,
+            id="metrics",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(

@@ -18,12 +18,15 @@ import mambaout_jax
 from mambaout_jax import config as configuration
 from mambaout_jax.__main__ import main
 from mambaout_jax.build import build_model, build_run, build_schedule
+from mambaout_jax.build_data import build_evaluation
 from mambaout_jax.data.shapes.__main__ import write_folders
 from mambaout_jax.errors import PreemptedError, UserError
 from mambaout_jax.evaluate_run import evaluate_workdir
+from mambaout_jax.inference.mask_predictor import MaskPredictor
 from mambaout_jax.models.upernet import STATISTICS, running_statistics
 from mambaout_jax.runtime.sharding import make_mesh, state_shardings
 from mambaout_jax.training import loop
+from mambaout_jax.training.pictures import open_pictures
 from mambaout_jax.training.recipe import Recipe
 from mambaout_jax.training.recorder import POSITION_COLUMNS, read_rows
 from mambaout_jax.training.schedule import PolynomialSchedule
@@ -164,6 +167,9 @@ def test_a_run_records_its_measures_and_its_best_checkpoint(shapes, trained):
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all(0 < row["miou"] <= 100 for row in rows)
     assert (trained / "curves.png").exists()
+    assert (trained / "masks.png").exists()
+    (events,) = (trained / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"eval/masks") == 3
     _, info = load_weights(trained)
     assert info.task == "segmentation"
     assert info.metrics["miou"] == max(row["miou"] for row in rows)
@@ -178,7 +184,8 @@ def test_a_run_records_its_measures_and_its_best_checkpoint(shapes, trained):
 
 
 @pytest.mark.slow
-def test_commands_and_masks_of_a_run(shapes, trained, tmp_path, capsys):
+def test_commands_and_masks_of_a_run(shapes, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
     image, out = str(shapes / "images/validation/0000.png"), tmp_path / "masks"
     arguments = [image, f"--weights={trained}"]
     assert main(["predict", *arguments, f"--masks={out}"]) == 0
@@ -191,6 +198,8 @@ def test_commands_and_masks_of_a_run(shapes, trained, tmp_path, capsys):
     assert "is a network of classification, not of segmentation" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "network"), f"--weights={trained}"]) == 1
     assert "is a network of segmentation, not of classification" in capsys.readouterr().err
+    assert main(["push", str(trained), "someone/shapes"]) == 1
+    assert "is a network of segmentation, not of classification" in capsys.readouterr().err
     options = {"eval.scales": (1.0, 0.5), "eval.flip": True}
     several = evaluate_workdir(
         small_config(shapes, **options), epath.Path(trained), {"data.dir", *options}
@@ -201,6 +210,23 @@ def test_commands_and_masks_of_a_run(shapes, trained, tmp_path, capsys):
         small_config(shapes, **window), epath.Path(trained), {"data.dir", *window}
     )
     assert len({several["macc"], parts["macc"], load_weights(trained)[1].metrics["macc"]}) == 3
+
+
+@pytest.mark.slow
+def test_pictures_show_what_the_network_predicts(shapes, trained):
+    config = small_config(shapes, **{"mesh.fsdp": 2})
+    run = build_run(config)
+    params, _ = load_weights(trained)
+    shardings = state_shardings(params, run.mesh)
+    pictures = open_pictures(run, shardings)
+    predicted = pictures.predict(jax.device_put(params, shardings))
+    predictor = MaskPredictor(run.model, params, pictures.class_names, build_evaluation(config))
+    assert len(predicted) == 3
+    for row, labels in enumerate(predicted):
+        image = Image.open(shapes / f"images/validation/{2 * row:04d}.png").convert("RGB")
+        assert (
+            predictor.predict_image(image) == labels[: image.height, : image.width]
+        ).mean() > 0.99
 
 
 @pytest.mark.slow
@@ -262,7 +288,7 @@ def build_model_of(classes):
         ({"eval.window": 64}, "config.eval.window is 64 and config.eval.stride 0"),
         ({"eval.stride": 8}, "config.eval.window is 0 and config.eval.stride 8"),
         ({"eval.scales": ()}, "expected numbers above 0"),
-        ({"optimizer.layer_decay": 0.9}, "layer_decay is MambaOut's"),
+        ({"optimizer.layer_decay": 0.9}, "layer_decay is for classification"),
     ],
 )
 def test_bad_keys_are_sentences(shapes, keys, message):

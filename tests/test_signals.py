@@ -1,5 +1,6 @@
 """Real signals to real processes: main.py, as a shell, a cluster or a person stops it."""
 
+import ctypes
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 from compiler_flags import FAST_COMPILATION
 from small_run import ROOT, SMALL
 
+from mambaout_jax.runtime.preemption import StopRequest
 from mambaout_jax.weights.store import load_weights
 
 KEYS = [f"--config.{key}={value}" for key, value in SMALL.items()]
@@ -68,14 +70,8 @@ def straight(no_signal_is_ignored, tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-        signal.SIGTERM,
-        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_group_saves_and_the_run_resumes_to_the_same_bits(
     number, straight, tmp_path
 ):
@@ -205,3 +201,17 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     code, log = run.end()
     assert code in (75, 130), log
     assert "Traceback" not in log
+
+
+def test_the_other_processes_are_told_before_a_request_returns():
+    """By no signal, which another thread may handle, and only later."""
+    told = []
+    function = ctypes.CFUNCTYPE(None, ctypes.c_int)(told.append)
+    with StopRequest() as stop:
+        stop._jax_handler = ctypes.cast(function, ctypes.c_void_p).value
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            stop.request("the notice of a cluster")
+            assert told == [signal.SIGTERM]
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -21,7 +21,7 @@ RANKS = (
     ("config",),
     ("build", "build_data", "evaluate_run"),
     ("planning",),
-    ("cli", "__main__", "__init__", "push", "model_card"),
+    ("cli", "__main__", "__init__", "push", "model_card", "finetune"),
 )
 
 

@@ -239,8 +239,9 @@ def test_a_run_keeps_its_mixer_and_kernel(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_exported_program_takes_any_batch():
-    model, params = model_of("conv_ssm_bidirectional"), params_of("conv_ssm_bidirectional")
+@pytest.mark.parametrize("token_mixer", TOKEN_MIXERS)
+def test_an_exported_program_takes_any_batch(token_mixer):
+    model, params = model_of(token_mixer), params_of(token_mixer)
     info = WeightsInfo("test_mambaout", 5, Preprocessing(size=160))
     program = export_program(model, params, info, platforms=("cpu", "cuda", "tpu"))
     assert program.platforms == ("cpu", "cuda", "tpu")

@@ -17,8 +17,9 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.inference.export import export_program
 from mambaout_jax.models.flops import attention_block_macs, count_layers, count_total
 from mambaout_jax.models.vit import VITS
-from mambaout_jax.runtime.sharding import make_mesh, state_shardings
+from mambaout_jax.runtime.sharding import BATCH, make_mesh, over_mesh, state_shardings
 from mambaout_jax.training.optimizer import decay_mask
+from mambaout_jax.weights.finetune import layer_scales
 from mambaout_jax.weights.info import WeightsInfo
 
 NAME = "vit_tiny_patch16_224"
@@ -109,6 +110,29 @@ def test_a_batch_on_a_mesh(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["full", "causal"])
+def test_sharded_gradients_are_equal(attention):
+    mesh = make_mesh(2)
+    model, params = small(depth=1, attention=attention)
+    images = golden.images(0, 8, 64)
+
+    def loss(params, images):
+        return (model.apply({"params": params}, images) * jnp.cos(jnp.arange(5.0))[None]).sum()
+
+    expected = jax.jit(jax.grad(loss))(params, images)
+    shardings = state_shardings(params, mesh)
+    batch = NamedSharding(mesh, BATCH)
+    step = jax.jit(
+        over_mesh(jax.grad(loss), mesh), in_shardings=(shardings, batch), out_shardings=shardings
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max())),
+        step(params, images),
+        expected,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["full", "causal"])
 @pytest.mark.parametrize("name", VITS)
 def test_logits_equal_timms(name, attention):
     timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -167,15 +191,25 @@ def test_a_config_names_a_vit_and_bad_combinations_are_sentences():
             {**vit, "model.depthwise": "xla"},
             "config.model.depthwise is 'xla', an option of MambaOut",
         ),
-        ({**vit, "optimizer.layer_decay": 0.5}, "layer_decay is MambaOut's"),
         ({"model.attention": "causal"}, "test_mambaout has no attention: expected one of vit_tiny"),
     ):
         with pytest.raises(UserError, match=message):
             build_model(small_run.small_config(**bad))
 
 
-def test_an_exported_vit_takes_any_batch():
-    model, params = small()
+def test_layer_decay_counts_the_blocks():
+    _, params = small()
+    scales = layer_scales(params, 0.5)
+    assert set(jax.tree.leaves(scales["head"])) == {1}
+    assert set(jax.tree.leaves([scales["norm"], scales["blocks_1"]])) == {0.5}
+    assert set(jax.tree.leaves(scales["blocks_0"])) == {0.25}
+    stem = [scales[name] for name in ("patch_embed", "cls_token", "pos_embed")]
+    assert set(jax.tree.leaves(stem)) == {0.125}
+
+
+@pytest.mark.parametrize("attention", ["full", pytest.param("causal", marks=pytest.mark.slow)])
+def test_an_exported_vit_takes_any_batch(attention):
+    model, params = small(attention=attention)
     info = WeightsInfo(NAME, 5, Preprocessing(size=64))
     program = export_program(model, params, info, platforms=("cpu", "cuda", "tpu"))
     images = np.random.RandomState(0).randint(0, 256, (2, 64, 64, 3)).astype(np.uint8)

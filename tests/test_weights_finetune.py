@@ -103,16 +103,17 @@ def test_scales_are_powers_of_the_decay():
     assert set(jax.tree.leaves(layer_scales(params, 1.0))) == {1.0}
 
 
-def test_layers_are_timms():
+@pytest.mark.parametrize("name", ["mambaout_femto", "vit_tiny_patch16_224"])
+def test_layers_are_timms(name):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     from timm.models._manipulate import group_parameters
 
     from mambaout_jax.weights.torch_layout import torch_tensors
 
-    model = timm.create_model("mambaout_femto")
+    model = timm.create_model(name)
     expected = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
-    ours = mambaout_jax.create_model("mambaout_femto")
-    indices = layer_indices(golden.params(ours))
+    ours = mambaout_jax.create_model(name)
+    indices = layer_indices(jax.eval_shape(lambda: golden.params(ours)))
     for tensor in torch_tensors(ours, "timm"):
         found = indices
         for key in tensor.path:

@@ -8,16 +8,21 @@ trains nothing twice. In --output stand each run's workdir, log and result, tabl
 accuracy_over_macs.png, accuracy_over_tokens.png and full_against_causal.png. Further keys of the
 config, for all runs: --config.model.name=mambaout_femto and so on.
 
+--jobs=4 trains four runs at a time; images/s are then those of a machine that four share. On a GPU,
+set XLA_PYTHON_CLIENT_PREALLOCATE=false for that.
+
 Exit codes: 0 all runs are finished; 1 a run cannot be trained; 75 a run was stopped and saved.
 """
 
 import argparse
+import concurrent.futures
 import csv
 import json
 import re
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +68,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
         "--resolutions", default="", help="image sizes in pixels; default: the config's"
     )
     parser.add_argument("--budget", default="30 epochs", help="duration of each run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--output", type=Path, default=Path("runs/ask"))
     options, rest = parser.parse_known_args(argv)
     keys = {}
@@ -75,8 +81,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]
     for key, option in OWN_KEYS.items():
         if key in keys:
             raise UserError(f"--config.{key} differs between the runs: use {option}")
-    if options.seeds < 1:
-        raise UserError(f"--seeds is {options.seeds}: expected at least 1")
+    for option in ("seeds", "jobs"):
+        if (number := getattr(options, option)) < 1:
+            raise UserError(f"--{option} is {number}: expected at least 1")
     return options, keys
 
 
@@ -147,11 +154,14 @@ def count(config_file: str, keys: dict[str, Any]) -> dict[str, int]:
     Raises:
         UserError: the config has no such network.
     """
+    import jax
+
     from mambaout_jax.build import build_model
     from mambaout_jax.models.flops import count_total
     from mambaout_jax.models.mambaout import MambaOut
     from mambaout_jax.models.vit import PATCH
 
+    jax.config.update("jax_platforms", "cpu")  # the accelerator is for the runs
     config = configuration.load_config(config_file)
     config.unlock()
     for key, value in keys.items():
@@ -204,13 +214,26 @@ def train(options: argparse.Namespace, run: dict[str, Any]) -> dict[str, Any] | 
 def main(argv: list[str]) -> int:
     """Trains all runs, and reports after each."""
     options, given = parse_arguments(argv)
-    results = []
-    for run in plan(options, given):
-        done = train(options, run)
+    results, failed = [], threading.Event()
+
+    def train_next(run: dict[str, Any]) -> dict[str, Any] | int:
+        if failed.is_set():
+            return RESUME
+        try:
+            done = train(options, run)
+        except BaseException:
+            failed.set()
+            raise
         if isinstance(done, int):
-            return RESUME if done in (RESUME, 130) else 1
-        results.append(done)
-        ask_report.write(results, options.output)
+            failed.set()
+        return done
+
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for done in pool.map(train_next, plan(options, given)):
+            if isinstance(done, int):
+                return RESUME if done in (RESUME, 130) else 1
+            results.append(done)
+            ask_report.write(results, options.output)
     print((options.output / "table.md").read_text(), end="")
     return 0
 

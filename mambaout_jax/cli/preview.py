@@ -23,6 +23,7 @@ _COLUMNS = flags.DEFINE_integer("columns", 8, "Images in a row.", lower_bound=1)
 def main(_: list[str]) -> None:
     """Writes the sheet that the flags ask for."""
     config = _CONFIG.value
+    build_data.fill_in(config)
     check(config)
     config.data.workers = 0  # the sheet is finished before processes would have started
     batches = build_data.build_train_batches(config)

@@ -18,6 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-mixer", metavar="NAME", help="such as conv_ssm, or conv,conv,conv_ssm,conv_ssm"
     )
+    parser.add_argument(
+        "--kernel-size", type=int, metavar="K", help="of the depthwise convolutions"
+    )
+    parser.add_argument("--attention", metavar="NAME", help="of a ViT: full or causal")
     parser.add_argument("--classes", type=int, help="width of the logits (default: 1000)")
     parser.add_argument(
         "--depth",
@@ -50,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         if number < least:
             raise UserError(f"{option} is {number}: expected at least {least}")
     options = {"image_size": size} if vit else {"depthwise": "xla"}
-    options |= {} if args.token_mixer is None else {"token_mixer": args.token_mixer}
+    chosen = {key: getattr(args, key) for key in ("token_mixer", "kernel_size", "attention")}
+    options |= {key: value for key, value in chosen.items() if value is not None}
     model = create_model(name, num_classes=args.classes, **options)
     layers = count_layers(model, (size, size, 3))
     rows = [

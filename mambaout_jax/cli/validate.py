@@ -1,23 +1,20 @@
 """Evaluates checkpoints on labelled images."""
 
 import argparse
-import csv
 import fnmatch
 import glob
-import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from mambaout_jax.cli.results import Row, add_output_arguments, check_outputs, write_rows
 from mambaout_jax.cli.weights_arguments import WEIGHTS_HELP, add_network_arguments
 
 SUMMARY = "Evaluates one or many checkpoints on labelled images."
 EXAMPLE = "mambaout_tiny 'runs/*' --data-dir=/data/tfds"
 
 THREADS = 4  # of each process that decodes
-
-Row = dict[str, str | int | float | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=256,
         help="images in a step; halved while memory is too small (default: 256)",
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results here as CSV")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here as JSON")
+    add_output_arguments(parser)
     add_network_arguments(parser)
 
 
@@ -98,7 +94,7 @@ def _evaluate_all(args: argparse.Namespace) -> int:
     primary = jax.process_index() == 0
     with all_or_none():
         if primary:
-            _check_outputs(args)
+            check_outputs(args)
         if args.batch_size < 1:
             raise UserError(f"--batch-size is {args.batch_size}: expected at least 1")
         checkpoints = expand_weights(args.weights)
@@ -116,7 +112,7 @@ def _evaluate_all(args: argparse.Namespace) -> int:
             continue
         rows.append(row)
         if primary:
-            _write(args, rows)
+            write_rows(args, rows)
     return 1 if len(rows) < len(checkpoints) else 0
 
 
@@ -182,31 +178,3 @@ def _open(args: argparse.Namespace):
         num_classes=None,  # compared with the weights by GroundTruthSource
     )
     return open_source(dataset, args.split)
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Checks that the results can be written.
-
-    Raises:
-        UserError: they cannot.
-    """
-    from mambaout_jax.errors import UserError
-
-    for path in filter(None, (args.csv, args.json)):
-        exists_as_other = path.exists() and not path.is_file()
-        if exists_as_other or not os.access(path.resolve().parent, os.W_OK):
-            raise UserError(f"cannot write {path}: expected a file in a writable folder")
-
-
-def _write(args: argparse.Namespace, rows: list[Row]) -> None:
-    """Writes the rows so far, so that a long list may be interrupted."""
-    from mambaout_jax.files import write_file, write_json
-
-    if args.csv:
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        write_file(args.csv.resolve(), table.getvalue())
-    if args.json:
-        write_json(args.json.resolve(), rows)

@@ -1,6 +1,7 @@
 """Images in a folder of class folders."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +15,31 @@ from mambaout_jax.files import kind_of
 _SUFFIXES = frozenset(
     (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
+# Names of a split for evaluation, the first that is there; else a part of the training split.
+_EVALUATION = ("validation", "val", "test")
+_HELD_OUT = ("[:80%]", "[80%:]")
 
 
 class FolderSource(Source):
     """Reads `directory/split/class/image`; labels follow the sorted class names.
 
-    The class folders of `reference_split` number the classes where that split exists, so a class
-    without an evaluation image shifts no label.
+    A split may be a part of each class's images in the order of their names, such as "train[:80%]"
+    and "train[80%:]", and "." is the directory itself. The class folders of `reference_split`
+    number the classes where that split exists, so a class without an evaluation image shifts no
+    label.
     """
 
     def __init__(self, directory: str, split: str, reference_split: str):
         root = local_folder(directory, f"{split}/CLASS/IMAGE", "class folders")
+        name, part = split, _percentages(split)
+        split, reference_split = _whole(split), _whole(reference_split)
         if not (root / split).is_dir():
             known = _folders(root)
             raise UserError(
                 f"{root} has no split {split!r}{did_you_mean(split, known)}"
                 f" (its folders are {', '.join(known) or 'none'})"
             )
-        self.name = f"{root.resolve().name}/{split}"
+        self.name = f"{root.resolve().name}/{name}"
         folders = _folders(root / split)
         reference = root / reference_split
         self.class_names = _folders(reference) if reference.is_dir() else folders
@@ -49,6 +57,8 @@ class FolderSource(Source):
         counts: list[int] = []
         for folder in folders:
             images = image_files(root / split / folder, "class folder")
+            start, stop = (round(len(images) * percentage / 100) for percentage in part)
+            images = images[start:stop]
             files += [os.fsencode(f"{folder}/{image}") for image in images]
             counts.append(len(images))
         # Arrays: as Python objects a million files take three times the memory in every worker.
@@ -65,6 +75,41 @@ class FolderSource(Source):
     def __getitem__(self, index: int) -> Record:
         path = self.name_of(index)
         return {"image": read_encoded(path), "label": int(self._labels[index]), "name": path}
+
+
+def find_splits(directory: str) -> tuple[str, str]:
+    """Returns the splits of a folder for training and for evaluation.
+
+    They are "train" and one of "validation", "val" and "test". Without the latter, the last fifth
+    of each class's training images is for evaluation. Without both, class folders are in the folder
+    itself.
+
+    Raises:
+      UserError: there is no such folder, or no split for training beside one for evaluation.
+    """
+    root = local_folder(directory, "class folders, or with train/ and validation/", "class folders")
+    names = _folders(root)
+    evaluation = next((name for name in _EVALUATION if name in names), "")
+    if "train" not in names and evaluation:
+        raise UserError(f"{root} has the folder {evaluation} and no folder train: expected both")
+    train = "train" if "train" in names else "."
+    return (train, evaluation) if evaluation else (train + _HELD_OUT[0], train + _HELD_OUT[1])
+
+
+def _whole(split: str) -> str:
+    """Returns the split that "train[:80%]" is a part of."""
+    return split.partition("[")[0]
+
+
+def _percentages(split: str) -> tuple[int, int]:
+    """Returns where a part of a split starts and stops, in percent: "train[80%:]" is (80, 100)."""
+    if "[" not in split:
+        return 0, 100
+    match = re.fullmatch(r"[^[]*\[(?:(\d+)%)?:(?:(\d+)%)?\]", split)
+    start, stop = (int(match[1] or 0), int(match[2] or 100)) if match else (0, 0)
+    if not start < stop <= 100:
+        raise UserError(f"{split!r} is no part of a split: expected one such as 'train[:80%]'")
+    return start, stop
 
 
 def local_folder(directory: str, expected: str, what: str) -> Path:

@@ -11,6 +11,8 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from mambaout_jax.data import examples, parallel, sources
 from mambaout_jax.data.buffers import Batch
 from mambaout_jax.data.chunks import Damage, Damages
@@ -87,6 +89,8 @@ class TrainBatches(Iterator[Batch]):
             divide over the processes, or the loader's libraries or shared memory are missing.
         """
         source = sources.open_source(dataset, dataset.train_split)
+        if source.label_shape:
+            raise UserError(f"{source.name} has lists of right classes: it is for evaluation alone")
         self.num_examples = len(source)
         self.num_classes = source.num_classes
         self.class_names = source.class_names
@@ -256,7 +260,9 @@ class EvalBatches:
         share = examples.Share(batch_size, process_index * local_batch, local_batch)
         # For each group, what opens its batches, and how many there are.
         self._groups: list[tuple[Callable[[int, int], BatchesAhead | SyntheticBatches], int]] = []
-        for group in preprocessing.groups(source):
+        groups = preprocessing.groups(source)
+        self._source, self._largest = source, max(groups, key=lambda group: len(group.indices))
+        for group in groups:
             length = -(-len(group.indices) // batch_size)
             if isinstance(source, SyntheticSource):
                 arrays = group.examples.arrays
@@ -278,3 +284,24 @@ class EvalBatches:
             with contextlib.closing(open_at(0, length)) as ahead:
                 for batch, _ in ahead:
                     yield batch
+
+    def some(self, count: int) -> Batch | None:
+        """Returns a few examples for a person to see, the same in every process.
+
+        They are evenly spaced among those of the most frequent shape, at most `count`, in one
+        batch. Synthetic data has none.
+
+        Raises:
+          UserError: an image cannot be decoded.
+        """
+        if isinstance(self._source, SyntheticSource):
+            return None
+        indices = self._largest.indices[:: -(-len(self._largest.indices) // count)]
+        group = examples.EvaluationGroup(indices, self._largest.examples)
+        maker = examples.EvaluationMaker(
+            self._source, group, examples.Share(len(indices), 0, len(indices))
+        )
+        arrays = maker.layout.arrays
+        batch = {name: np.zeros((len(indices), *shape), dtype) for name, shape, dtype in arrays}
+        maker(0, 0, batch, contextlib.nullcontext())
+        return batch

@@ -6,6 +6,7 @@ import re
 import threading
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from mambaout_jax.bucket import failed, io_errors, is_bucket, open_bucket
@@ -22,12 +23,14 @@ from mambaout_jax.errors import (
 from mambaout_jax.files import check_files
 
 _EMBEDDED = ("digits",)  # datasets that ship, prepared, beside this file
+_MOST_LABELS = 16  # of an image with several right classes; imagenet2012_real has 9 at most
 
 
 class TfdsSource(Source):
     """Reads a split of a dataset that TFDS prepared as ArrayRecord; needs no TensorFlow.
 
-    `split` may use TFDS's slices, such as "train[:90%]".
+    `split` may use TFDS's slices, such as "train[:90%]". The label is a class, or, as in
+    imagenet2012_real, a list of right classes.
     """
 
     _usual_keys = ("image", "label")  # where the dataset does not name them
@@ -85,6 +88,8 @@ class TfdsSource(Source):
         import tensorflow_datasets as tfds
 
         label = features.get(self._label_key)
+        if isinstance(label, tfds.features.Sequence):
+            self.label_shape, label = (_MOST_LABELS,), label.feature
         if not isinstance(label, tfds.features.ClassLabel) or not isinstance(
             features.get(self._image_key), tfds.features.Image
         ):
@@ -98,7 +103,8 @@ class TfdsSource(Source):
 
     def _record(self, example: Any, name: str) -> Record:
         """Returns the record of an example with a name for messages."""
-        label = int(example[self._label_key])
+        label = example[self._label_key]
+        label = _padded(label, name) if self.label_shape else int(label)
         return {"image": example[self._image_key], "label": label, "name": name}
 
     def _example(self, index: int) -> Any:
@@ -128,6 +134,14 @@ class TfdsSource(Source):
                 if self._records is records:  # else another thread has opened new readers
                     self._records = self._open_records()
             raise
+
+
+def _padded(labels: Any, name: str) -> np.ndarray:
+    """Returns a list of classes as int32 [_MOST_LABELS], without repetitions, padded with -1."""
+    classes = np.unique(np.asarray(labels, np.int32))
+    if len(classes) > _MOST_LABELS:
+        raise UserError(f"{name} has {len(classes)} right classes: expected {_MOST_LABELS} at most")
+    return np.pad(classes, (0, _MOST_LABELS - len(classes)), constant_values=-1)
 
 
 def prepared_directory(name: str, directory: str) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.inference.evaluate import Measures, Sums
-from mambaout_jax.inference.segmentation import confusion
+from mambaout_jax.inference.segmentation import confusion, predict_labels
 from mambaout_jax.inference.segmentation import results as class_means
 from mambaout_jax.inference.views import slide, views
 
@@ -52,6 +52,32 @@ def eval_step(
         "confusion": confusion(logits, batch, seen),
         "examples": batch["mask"].sum(dtype=jnp.int32),
     }
+
+
+def predict_step(
+    params: Any,
+    batch: dict[str, jax.Array],
+    *,
+    model: Any,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    shape: tuple[int, int],
+) -> jax.Array:
+    """Predicts the labels of one batch of whole images, at their first scale.
+
+    Args:
+        params: parameters of the model.
+        batch: "image", "input_size" and "label_size", as in `eval_step`.
+        model: the network.
+        mean: of R, G and B in [0, 1].
+        std: of R, G and B in [0, 1].
+        shape: (height, width) of the result, at least the largest "label_size".
+
+    Returns:
+        int32 [N, *shape]. What is outside of "label_size" has no meaning.
+    """
+    logits = jnp.asarray(model.apply({"params": params}, normalize(batch["image"], mean, std)))
+    return predict_labels(logits, batch, shape)
 
 
 def results(sums: Sums) -> dict[str, float]:

@@ -104,7 +104,8 @@ class GroundTruthSource(Source):
             )
         self._classes = np.array(classes, np.int32)
         self._real = None if real is None else _padded(real, num_classes)
-        self.label_shape = (1,) if self._real is None else self._real.shape[1:]
+        lists = source.label_shape or (1,)
+        self.label_shape = lists if self._real is None else self._real.shape[1:]
 
     def __len__(self) -> int:
         return len(self._source)
@@ -112,7 +113,8 @@ class GroundTruthSource(Source):
     def __getitem__(self, index: int) -> Record:
         record = self._source[index]
         if self._real is None:
-            right = self._classes[np.atleast_1d(record["label"])]
+            labels = np.atleast_1d(record["label"])
+            right = np.where(labels >= 0, self._classes[labels], -1)
         else:
             right = self._real[_real_index(record["name"], len(self._real))]
         right = np.where(self._allowed[right], right, -1)  # -1 stays -1

@@ -8,6 +8,7 @@ for prediction in predictor.predict_files(["street.jpg"]):
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 from mambaout_jax.data import decoding
-from mambaout_jax.data.preprocess import normalize, read_image_file
+from mambaout_jax.data.preprocess import read_image_file
 from mambaout_jax.data.segmentation import drawing
 from mambaout_jax.data.segmentation.resizing import IMAGE_FILL, write_padded
 from mambaout_jax.data.segmentation.whole import WholeImages
 from mambaout_jax.errors import UserError
-from mambaout_jax.inference.segmentation import predict_labels
+from mambaout_jax.inference.evaluate_masks import predict_step
 
 _AHEAD = 2  # files that are decoded before they are needed
 _MULTIPLE = 128  # of which padded sides are, so that few programs are compiled
@@ -71,12 +72,8 @@ class MaskPredictor:
         self.class_names = list(class_names)
         self._options = options = options or WholeImages()
         self._params = jax.device_put(params)
-
-        def predict(params: Any, batch: dict[str, jax.Array], shape: tuple[int, int]) -> jax.Array:
-            images = normalize(batch["image"], options.mean, options.std)
-            return predict_labels(model.apply({"params": params}, images), batch, shape)
-
-        self._predict = jax.jit(predict, static_argnums=2)
+        step = functools.partial(predict_step, model=model, mean=options.mean, std=options.std)
+        self._predict = jax.jit(step, static_argnames="shape")
 
     def predict_image(self, image: Image.Image) -> np.ndarray:
         """Returns the predicted class of each pixel of an image of mode "RGB", uint8 [H, W]."""
@@ -89,7 +86,8 @@ class MaskPredictor:
             "input_size": np.array([resized.shape[:2]], np.int32),
             "label_size": np.array([[image.height, image.width]], np.int32),
         }
-        labels = self._predict(self._params, batch, _padded((image.height, image.width)))
+        shape = _padded((image.height, image.width))
+        labels = self._predict(self._params, batch, shape=shape)
         return np.asarray(labels[0, : image.height, : image.width], np.uint8)
 
     def predict_files(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[MaskPrediction]:

@@ -3,9 +3,9 @@
 A convolution or dense layer counts one MAC for each multiplication by its kernel, without the bias.
 A norm counts five for each element. A selective scan counts its multiplications: 4 S + 2 for each
 token and channel of S states (the exponent, the decay, the input, the output; the input's step size
-and the direct path). Attention counts its two products, 2 L² D. Activations, products, sums, means,
-resizing and BatchNorms count none. fvcore's flop counter does the same for the convolutional
-network, and the counts round to the published ones.
+and the direct path). Attention counts its two products, 2 L² D, also where a mask makes it causal.
+Activations, products, sums, means, resizing and BatchNorms count none. fvcore's flop counter does
+the same for the convolutional network, and the counts round to the published ones.
 
 The MACs are those of a prediction: a segmentation network's auxiliary head has parameters and none.
 The running statistics of a BatchNorm are not counted among the parameters.

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mambaout_jax.build import build_model, build_optimizer, build_recipe, build_schedule
+from mambaout_jax.errors import UserError
 from mambaout_jax.runtime.sharding import state_shardings
 from mambaout_jax.training.state import init_params, init_state
 from mambaout_jax.training.step import compile_train_step
@@ -22,7 +23,13 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "col
 
 
 def lower_step(config: ConfigDict, mesh: Mesh, steps_per_epoch: int) -> jax.stages.Lowered:
-    """Lowers the training step of a configuration, over a mesh of any devices."""
+    """Lowers the training step of a configuration, over a mesh of any devices.
+
+    Raises:
+        UserError: the configuration has a teacher.
+    """
+    if config.distillation.teacher:
+        raise UserError("a plan has no teacher: expected --config.distillation.teacher=''")
     network, recipe = build_model(config), build_recipe(config, steps_per_epoch)
     optimizer = build_optimizer(config, build_schedule(config, steps_per_epoch))
     size, ema = config.data.image_size, config.optimizer.ema_decay > 0
@@ -77,7 +84,12 @@ class Program:
 
 
 def read_program(text: str, parts: int = 1) -> Program:
-    """Reads a compiled step. Its loop over `parts` of a batch counts so often, other loops once."""
+    """Reads a compiled step.
+
+    Its loop over `parts` of a batch counts so often. Other loops count as often as their condition
+    allows if it compares a counter, which starts at 0, with a constant, as that of a selective scan
+    does; else once.
+    """
     operations, kernels = [], collections.Counter[Kernel]()
     loops = _trips(text, parts)
     for computation, trips in loops.items():
@@ -128,11 +140,18 @@ def _trips(text: str, parts: int) -> dict[str, int]:
         computation = open_bodies.pop()
         for line in _body(text, computation):
             if body := re.search(r" while\(.*body=%?([\w.-]+)", line):
-                # libtpu's text has no trip counts.
                 over_parts = 'op_name="jit(train_step)/while"' in line
-                trips[body[1]] = trips[computation] * (parts if over_parts else 1)
+                trips[body[1]] = trips[computation] * (parts if over_parts else _limit(text, line))
                 open_bodies.append(body[1])
     return trips
+
+
+def _limit(text: str, loop: str) -> int:
+    """Returns the trips of a loop by its condition, 1 if that does not tell."""
+    condition = "\n".join(_body(text, _match(r"condition=%?([\w.-]+)", loop)[0]))
+    name = re.search(r"compare\(%[\w.-]+, %([\w.-]+)\), direction=LT", condition)
+    limit = name and re.search(rf"%{re.escape(name[1])} = s32\S* constant\((\d+)\)", condition)
+    return int(limit[1]) if limit else 1
 
 
 def _match(pattern: str, text: str) -> tuple[Any, ...]:

@@ -59,7 +59,7 @@ class StopRequest:
         """
         if jax.process_count() == 1 or signal.SIGTERM not in self._previous:
             return
-        self._jax_handler = _libc_signal(signal.SIGTERM, None)
+        self._jax_handler = _default_handler(signal.SIGTERM)
         signal.signal(signal.SIGTERM, _noticed)
 
     def reached(self) -> bool:
@@ -97,9 +97,8 @@ class StopRequest:
         """Asks this process, and through jax's service all others, to stop."""
         self.received = reason
         if self._jax_handler is not None:
-            own = _libc_signal(signal.SIGTERM, self._jax_handler)
-            os.kill(os.getpid(), signal.SIGTERM)
-            _libc_signal(signal.SIGTERM, own)
+            # Called as a function: a signal might arrive only after its handler has changed again.
+            ctypes.CFUNCTYPE(None, ctypes.c_int)(self._jax_handler)(signal.SIGTERM)
 
     def _exit_unsaved(self) -> None:
         if not self.saves:
@@ -128,12 +127,12 @@ def _noticed(number: int, frame: FrameType | None) -> None:
     """Handles a signal in Python's main thread: the thread of `StopRequest` acts on it."""
 
 
-def _libc_signal(number: int, handler: int | None) -> int | None:
-    """Sets a handler by its address, None for the default one; returns the address before it."""
+def _default_handler(number: int) -> int | None:
+    """Sets a signal's default handler; returns the address of the handler before it."""
     libc_signal = ctypes.CDLL(None).signal
     libc_signal.restype = ctypes.c_void_p
     libc_signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-    return libc_signal(number, handler)
+    return libc_signal(number, None)
 
 
 def _exit(message: str, code: int) -> None:

@@ -27,6 +27,7 @@ FAILED = 1  # exit code: the same command fails again until the user fixes what 
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 60
 MESSAGE_BYTES = 2048
+LAST_SECONDS = 10  # that the first process waits after an error for the others to end
 # In messages of jax errors that are caused by the end of another process.
 LOST = "gloo|connection|unavailable|heartbeat|coordination service|deadline_exceeded"
 
@@ -112,7 +113,7 @@ def leave_after(error: Exception) -> None:
     if jax.process_count() == 1:
         return
     if jax.process_index() == 0:
-        time.sleep(3)
+        time.sleep(LAST_SECONDS)
     if isinstance(error, UserError):
         end(str(error), FAILED)
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search(LOST, str(error), re.IGNORECASE):

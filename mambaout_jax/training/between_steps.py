@@ -16,9 +16,10 @@ from mambaout_jax.runtime.goodput import Goodput
 from mambaout_jax.runtime.preemption import StopRequest
 from mambaout_jax.runtime.workdir import keep_record
 from mambaout_jax.training import checkpoint
+from mambaout_jax.training.pictures import draw
 from mambaout_jax.training.programs import Programs
 from mambaout_jax.training.progress import Progress
-from mambaout_jax.training.recorder import Recorder
+from mambaout_jax.training.recorder import MASKS, Recorder
 from mambaout_jax.training.run import Position, Run
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,12 @@ def evaluate_and_record(
         *(epoch, steps.total / steps.per_epoch, row["train_loss"], loss),
         *(describe(results, digits=2), rate),
     )
+    if programs.pictures:
+        with session.clock.of(goodput.EVALUATE):
+            predicted = programs.pictures.predict(params)
+            if session.recorder.enabled:
+                name = f"{session.recorder.title}\nstep {step}: {describe(results, digits=2)}"
+                session.recorder.picture(step, MASKS, draw(programs.pictures, predicted, name))
     shares = session.clock.shares()
     session.recorder.scalars(step, {f"goodput/{part}": shares[part] for part in shares})
     session.progress.restart(step)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from mambaout_jax.training import distillation
 from mambaout_jax.training.mixing import Mixing, augment_batch
 from mambaout_jax.training.recipe import Batch, Recipe
 
@@ -55,5 +56,16 @@ def augment(key: jax.Array, step: jax.Array, batch: Batch, recipe: Recipe) -> Ba
 
 
 def loss(logits: jax.Array, inputs: Batch, recipe: Recipe) -> jax.Array:
-    """Returns the mean loss of logits [N, classes] for the batch's "target", [N, classes]."""
-    return LOSSES[recipe.loss](logits, inputs["target"]).mean()
+    """Returns the mean loss of logits [N, classes].
+
+    Args:
+        logits: float32 [N, classes].
+        inputs: "target" [N, classes]; with a teacher also its logits, "teacher" [N, classes].
+        recipe: the choice of the losses, and their weight.
+    """
+    own = LOSSES[recipe.loss](logits, inputs["target"]).mean()
+    if "teacher" not in inputs:
+        return own
+    kind, weight = distillation.KINDS[recipe.distillation], recipe.distillation_weight
+    taught = kind(logits, inputs["teacher"], recipe.distillation_temperature).mean()
+    return (1 - weight) * own + weight * taught

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.inference.evaluate import compile_eval_step
 from mambaout_jax.runtime.sharding import BATCH
+from mambaout_jax.training.pictures import Pictures, open_pictures
 from mambaout_jax.training.run import Run
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.training.step import compile_train_step
@@ -19,10 +20,14 @@ from mambaout_jax.training.step import compile_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled steps: of a state and a batch, and of parameters and a batch."""
+    """The compiled steps: of a state and a batch, and of parameters and a batch.
+
+    `pictures` are those that each evaluation predicts, if any.
+    """
 
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., dict[str, jax.Array]]
+    pictures: Pictures | None
 
 
 def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
@@ -34,7 +39,9 @@ def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
         key: of the training steps.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    train_step = compile_train_step(run.model, run.optimizer, run.recipe, shardings, run.mesh)
+    train_step = compile_train_step(
+        run.model, run.optimizer, run.recipe, shardings, run.mesh, run.teacher
+    )
     options: dict[str, Any] = {"mean": run.recipe.mean, "std": run.recipe.std}
     options |= {"step": run.task.measures.step, **run.eval_options}
     eval_step = compile_eval_step(run.model, shardings.params, run.mesh, **options)
@@ -50,12 +57,14 @@ def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
     pool.shutdown(wait=False)
     batch = abstract_batch(run.batch_size, run.image_size, run.mesh, run.task.dense)
     del batch["mask"]
-    # On each device before the first step, so that no step moves it.
-    key_data = jax.device_put(np.asarray(jax.random.key_data(key)), NamedSharding(run.mesh, P()))
-    compiled = train_step.lower(target, batch, key_data).compile()
+    # On each device before the first step, so that no step moves them.
+    rest = (np.asarray(jax.random.key_data(key)), *([run.teacher.params] if run.teacher else ()))
+    rest = jax.device_put(rest, NamedSharding(run.mesh, P()))
+    compiled = train_step.lower(target, batch, *rest).compile()
     return Programs(
-        lambda state, batch: compiled(state, batch, key_data),
+        lambda state, batch: compiled(state, batch, *rest),
         lambda *arguments: evaluation.result()(*arguments),
+        open_pictures(run, shardings.params),
     )
 
 

@@ -11,7 +11,7 @@ Batch = dict[str, jax.Array]
 class Recipe:
     """What a step does besides the model and the optimizer; the names are the configuration's.
 
-    Label smoothing, the choice of the loss, erasing and mixing are of classification.
+    Label smoothing, the choice of the loss, erasing, mixing and distillation are of classification.
     """
 
     num_classes: int
@@ -30,4 +30,7 @@ class Recipe:
     accumulate_steps: int = 1
     ema_decay: float = 0.0
     task: str = "classification"  # one of `task.TASKS`
+    distillation: str = "soft"  # one of `distillation.KINDS`, with a teacher
+    distillation_weight: float = 0.5  # of the loss that the teacher gives; the labels': the rest
+    distillation_temperature: float = 1.0  # of "soft"
     auxiliary_weight: float = 0.4  # of the auxiliary head's loss, of segmentation

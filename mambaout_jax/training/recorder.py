@@ -12,9 +12,11 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
+from PIL import Image
 
 from mambaout_jax.bucket import is_bucket
 from mambaout_jax.errors import AccessError, StorageError, UserError
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 POSITION_COLUMNS = ("step", "epoch", "learning_rate", "train_loss")
 COLUMNS = (*POSITION_COLUMNS, *CLASSES.columns)
-METRICS, CURVES = "metrics.csv", "curves.png"
+METRICS, CURVES, MASKS = "metrics.csv", "curves.png", "masks.png"
 
 Row = dict[str, Any]
 
@@ -74,18 +76,8 @@ class Recorder:
         """Writes scalars of a step as events; those that are NaN are left out."""
         if not self.enabled:
             return
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
-
         values = {name: value for name, value in values.items() if not math.isnan(value)}
-        scalars = [Summary.Value(tag=name, simple_value=x) for name, x in values.items()]
-        with writing(self.workdir / "tensorboard"):
-            if self.events is None:
-                self.events = open_events(self.workdir / "tensorboard", self.start_step)
-            summary = Summary(value=scalars)
-            self.events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        if not is_bucket(self.workdir):  # before the buffer is full: this is tried again
-            self.flush()
+        self._event(step, [{"tag": name, "simple_value": x} for name, x in values.items()])
         if self.wandb:
             self.wandb.log(values, step=step)
 
@@ -99,6 +91,28 @@ class Recorder:
         scalars = {f"eval/{name}": values[column] for column, name in self.measures.items()}
         self.scalars(int(values["step"]), scalars)
         draw_curves(self.rows, self.workdir / CURVES, self.title)
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """Writes a picture of a step: a PNG file in the workdir, and an event."""
+        if not self.enabled:
+            return
+        write_file(self.workdir / name, png)
+        width, height = Image.open(io.BytesIO(png)).size
+        image = {"width": width, "height": height, "colorspace": 3, "encoded_image_string": png}
+        self._event(step, [{"tag": f"eval/{Path(name).stem}", "image": image}])
+
+    def _event(self, step: int, values: Sequence[dict[str, Any]]) -> None:
+        """Writes one event; each value is the fields of a `Summary.Value`."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        with writing(self.workdir / "tensorboard"):
+            if self.events is None:
+                self.events = open_events(self.workdir / "tensorboard", self.start_step)
+            summary = Summary(value=[Summary.Value(**value) for value in values])
+            self.events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if not is_bucket(self.workdir):  # before the buffer is full: this is tried again
+            self.flush()
 
     def flush(self) -> None:
         """Writes the events out: to be called before a checkpoint is saved."""

@@ -18,6 +18,7 @@ from mambaout_jax.training.recorder import Row
 from mambaout_jax.training.schedule import Schedule
 from mambaout_jax.training.state import TrainState, init_params, init_state
 from mambaout_jax.training.task import TASKS, Task
+from mambaout_jax.training.teacher import Teacher
 from mambaout_jax.weights.info import WeightsInfo
 
 
@@ -52,6 +53,7 @@ class Run:
         schedule: the learning rate.
         optimizer: what turns gradients into updates.
         recipe: the rest of a step.
+        teacher: of a distillation.
         steps: durations.
         init_from: weights to start from, as `read_weights` takes them; "": none.
         keep_checkpoints: how many of the newest are kept.
@@ -76,6 +78,7 @@ class Run:
     schedule: Schedule
     optimizer: optax.GradientTransformation
     recipe: Recipe
+    teacher: Teacher | None
     steps: Steps
     init_from: str
     keep_checkpoints: int

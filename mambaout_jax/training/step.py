@@ -18,6 +18,9 @@ from mambaout_jax.runtime.sharding import BATCH, over_mesh
 from mambaout_jax.training.recipe import Batch, Recipe
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.training.task import TASKS
+from mambaout_jax.training.teacher import Teacher
+
+Logits = Callable[[jax.Array], jax.Array]  # a teacher's, of a batch's inputs
 
 
 def augment(key: jax.Array, step: jax.Array, batch: Batch, recipe: Recipe) -> Batch:
@@ -74,10 +77,12 @@ def update_step(
     model: MambaOut,
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
+    teacher: Logits | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Updates the state by a prepared batch, as the task's `augment` returns it.
 
-    A step whose loss or gradient is not finite counts, and changes nothing else.
+    A step whose loss or gradient is not finite counts, and changes nothing else. A teacher's logits
+    are computed part by part, as the network's.
 
     Returns:
         The state after the step, and the scalars "loss", NaN where the gradient is not finite,
@@ -86,6 +91,8 @@ def update_step(
 
     def loss_fn(params: Any, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         outputs, statistics = forward(model, params, part["image"], key)
+        if teacher:
+            part = {**part, "teacher": jax.lax.stop_gradient(teacher(part["image"]))}
         return TASKS[recipe.task].loss(outputs, part, recipe), statistics
 
     parts = recipe.accumulate_steps
@@ -114,6 +121,7 @@ def train_step(
     model: MambaOut,
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
+    teacher: Logits | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Augments a batch and updates the state by it.
 
@@ -124,6 +132,7 @@ def train_step(
         model: the network.
         optimizer: what turns gradients into updates.
         recipe: the rest of the recipe.
+        teacher: of a distillation: the inputs' images to logits.
 
     Returns:
         As `update_step`.
@@ -131,7 +140,7 @@ def train_step(
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
     inputs = augment(augment_key, state.step, batch, recipe)
     parts = {"model": model, "optimizer": optimizer, "recipe": recipe}
-    return update_step(state, inputs, dropout_key, **parts)
+    return update_step(state, inputs, dropout_key, teacher=teacher, **parts)
 
 
 def compile_train_step(
@@ -140,24 +149,28 @@ def compile_train_step(
     recipe: Recipe,
     shardings: Any,
     mesh: Mesh,
+    teacher: Teacher | None = None,
 ) -> Any:
     """Returns the jitted `train_step` over the mesh; it donates the state and nothing else.
 
-    It takes the data of the key, uint32 [2]. jax dispatches calls with key arrays in Python, which
-    takes several times as long.
+    It takes the data of the key, uint32 [2], and with a teacher the teacher's parameters. jax
+    dispatches calls with key arrays in Python, which takes several times as long.
     """
     replicated = NamedSharding(mesh, P())
     device = mesh.devices.flat[0]
     model = on_device(model, device)
 
     @functools.wraps(train_step)  # the planner finds the loop over parts by the program's name
-    def step(state: TrainState, batch: Batch, key_data: jax.Array) -> Any:
+    def step(state: TrainState, batch: Batch, key_data: jax.Array, *taught_by: Any) -> Any:
         key = jax.random.wrap_key_data(key_data)
-        return train_step(state, batch, key, model=model, optimizer=optimizer, recipe=recipe)
+        parts = {"model": model, "optimizer": optimizer, "recipe": recipe}
+        logits = functools.partial(teacher.logits, *taught_by) if teacher else None
+        return train_step(state, batch, key, teacher=logits, **parts)
 
+    teachers = (replicated,) if teacher else ()
     return jax.jit(
         over_mesh(step, mesh),
-        in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated),
+        in_shardings=(shardings, NamedSharding(mesh, BATCH), replicated, *teachers),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
         compiler_options=compiler_options(device.platform),

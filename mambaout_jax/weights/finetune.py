@@ -47,18 +47,19 @@ def initial_params(
 def layer_indices(params: Mapping[str, Any]) -> dict[str, Any]:
     """Returns each parameter's layer: 0 for the stem, then one a block, the head last.
 
-    A stage's downsampling belongs to the layer of its first block. Source: timm's
-    `param_groups_layer_decay` with the grouping of its MambaOut.
+    A stage's downsampling belongs to the layer of its first block. Of a ViT, the embeddings are the
+    stem, and the last norm belongs to the layer of the last block. Source: timm's
+    `param_groups_layer_decay` with the grouping of its networks.
     """
     flat = flatten_dict(params)
     blocks = sorted({key for path in flat if (key := _block(path))})
     layers = {key: 1 + i for i, key in enumerate(blocks)}
 
     def layer(path: tuple[str, ...]) -> int:
-        if path[0] == "stem":
+        if path[0] in ("stem", "patch_embed", "cls_token", "pos_embed"):
             return 0
-        if path[0] == "head":
-            return 1 + len(blocks)
+        if path[0] in ("head", "norm"):
+            return len(blocks) + (path[0] == "head")
         return layers[_block(path) or (_number(path[0]), 0)]
 
     return unflatten_dict({path: layer(path) for path in flat})
@@ -75,7 +76,9 @@ def layer_scales(params: Mapping[str, Any], decay: float) -> dict[str, Any]:
 
 
 def _block(path: tuple[str, ...]) -> tuple[int, int] | None:
-    """Returns (stage, block) of a block's parameter, None for other parameters."""
+    """Returns (stage, block) of a block's parameter, None for others; a ViT is one stage."""
+    if path[0].startswith("blocks_"):
+        return 0, _number(path[0])
     if path[0].startswith("stages_") and path[1].startswith("blocks_"):
         return _number(path[0]), _number(path[1])
     return None

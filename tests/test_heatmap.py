@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import small_weights
 
-from demo.heatmap import class_activation_map, overlay
+from mambaout_jax import preprocess_image
+from mambaout_jax.errors import UserError
+from mambaout_jax.inference.explain import Explainer
+from mambaout_jax.inference.heatmap import class_activation_map, overlay
+from mambaout_jax.inference.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +66,21 @@ def test_overlay_is_brightest_where_the_map_is():
     black = [50, 50, 52]  # half the image, half the darkest colour of inferno
     np.testing.assert_allclose(painted[56, 8], black, atol=2)
     np.testing.assert_allclose(overlay(image, np.zeros((2, 2)))[0, 0], black, atol=2)
+
+
+def test_an_explanation_is_a_prediction_with_its_map(tmp_path):
+    """Enlarged by a whole factor; by its path or its content."""
+    names = tuple("abcdef")
+    weights = small_weights.write(tmp_path / "w", num_classes=6, class_names=names)
+    (file,) = small_weights.write_images(tmp_path / "images", 1)
+    explainer = Explainer(weights)
+    found = explainer(file.read_bytes())
+    (prediction,) = Predictor.load(weights).predict_files([file])
+    assert list(found.classes) == [guess.label for guess in prediction.best]
+    assert found.image.shape == found.heat.shape == (320, 320, 3)
+    small = preprocess_image(file, explainer.info.preprocessing)
+    np.testing.assert_array_equal(found.image[5::10, 5::10], small)
+    assert np.abs(found.heat.astype(int) - found.image).max() > 10
+    assert explainer.device == "8 x cpu"
+    with pytest.raises(UserError, match="the file cannot be decoded"):
+        explainer(b"text", "the file")
