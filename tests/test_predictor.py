@@ -196,6 +196,7 @@ def test_a_mistake_is_one_line(weights, tmp_path, capsys):
         assert expected in error
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8(weights, tmp_path):
     """A table has escapes for the bytes; JSON has those that Python reads back."""
     file = os.fsencode(tmp_path) + b"/caf\xe9.png"

@@ -146,6 +146,7 @@ def test_a_checkpoint_of_another_model_is_refused(stopped):
         train(small_config(), stopped)
 
 
+@pytest.mark.slow
 # A loop that Orbax has left hears of the failed writes too late.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_save_that_cannot_be_written_leaves_the_last_checkpoint(finished, stopped, monkeypatch):
@@ -406,6 +407,7 @@ def test_a_run_that_never_took_a_step_leaves_no_workdir(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_keeps_what_it_has_recorded(tmp_path, monkeypatch):
     """Steps 1 and 2 were logged."""
     poison(monkeypatch, 3, 12)

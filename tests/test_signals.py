@@ -191,6 +191,7 @@ def test_ctrl_c_while_the_run_starts_ends_it_at_once(tmp_path):
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
     """The first one is noticed while the process cannot act on it: it is stopped meanwhile."""
     run = Command(tmp_path, "--config.log.every=1 steps")

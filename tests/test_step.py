@@ -176,7 +176,9 @@ def test_every_parameter_gets_a_gradient():
         assert np.abs(grad).max() > 0, name
 
 
-@pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    "fsdp", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 8]
+)
 def test_sharded_steps_equal_one_device(fsdp):
     """Twenty steps on eight devices, with drop path, erasing and mixing; traced once."""
     assert jax.device_count() == 8
