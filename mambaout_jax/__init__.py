@@ -5,6 +5,7 @@ Public names are imported on first use, so that `import mambaout_jax` takes no t
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mambaout_jax.errors import UserError
@@ -93,6 +94,9 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    module = f"{__name__}.{name}"
+    if not name.startswith("_") and importlib.util.find_spec(module):
+        return importlib.import_module(module)  # as in `mambaout_jax.ops.selective_scan`
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -166,6 +166,8 @@ def test_importing_the_package_imports_jax_and_flax_alone():
         "import sys, jax, flax.linen, flax.traverse_util; before = set(sys.modules); "
         "import mambaout_jax; "
         "mambaout_jax.preprocessing('mambaout_tiny'); mambaout_jax.create_model('mambaout_tiny'); "
+        "mambaout_jax.ops.selective_scan, mambaout_jax.models.mambaout.MambaOut; "
+        "assert not hasattr(mambaout_jax, 'opps'); "
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
