@@ -27,7 +27,7 @@ from bucket_server import BUCKET, Faults, serving
 
 from mambaout_jax import bucket
 from mambaout_jax.data.sources import Dataset, open_source
-from mambaout_jax.errors import AccessError, StorageError, UserError
+from mambaout_jax.errors import AccessError, FullError, StorageError, UserError
 from mambaout_jax.files import write_file
 from mambaout_jax.runtime import lease
 from mambaout_jax.weights.load import read_weights
@@ -115,7 +115,7 @@ def test_errors_of_every_client_are_told_apart():
         (exceptions.RetryError("Timeout of 120.0s exceeded", cause=None), StorageError),
         (RequestsConnectionError("refused"), StorageError),
         (TransportError("no metadata server"), StorageError),
-        (OSError(28, "No space left on device"), UserError),
+        (OSError(28, "No space left on device"), FullError),
     ):
         assert type(bucket.failed("cannot write x", error)) is kind, error
 
