@@ -157,9 +157,9 @@ NO_ROOM = """
 import resource, runpy
 from mambaout_jax.training import loop
 save = loop.save
-def save_without_room(*args):
+def save_without_room(*args, **options):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-    save(*args)
+    save(*args, **options)
 loop.save = save_without_room
 runpy.run_path("main.py", run_name="__main__")
 """
