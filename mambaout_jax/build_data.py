@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from mambaout_jax import config as configuration
 from mambaout_jax.data.augment import Augmentation
 from mambaout_jax.data.folder import find_splits
 from mambaout_jax.data.loader import EvalBatches, LoaderOptions, TrainBatches
@@ -30,8 +31,10 @@ def fill_in(config: ConfigDict) -> None:
     split. A batch size 0 is the largest power of two that gives eight steps an epoch, at most 128.
 
     Raises:
-        UserError: the data cannot be read, or only one split is "".
+        UserError: a name in the config is unknown, the data cannot be read, or one split alone
+            is "".
     """
+    configuration.check_choices(config)
     data, chosen = config.data, []
     if "" in (data.train_split, data.eval_split):
         if data.train_split or data.eval_split or data.source != "folder":

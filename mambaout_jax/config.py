@@ -321,8 +321,8 @@ def duration_steps(duration: str, *, steps_per_epoch: int, batch_size: int) -> i
     return -int(-steps // 1)
 
 
-def check(config: ConfigDict) -> None:
-    """Checks every value that can be checked without the data and the devices.
+def check_choices(config: ConfigDict) -> None:
+    """Checks the values that are one of a few names.
 
     Raises:
         UserError: names the key, its value and what was expected.
@@ -334,6 +334,16 @@ def check(config: ConfigDict) -> None:
                 f"config.{key} is {flat[key]!r}{did_you_mean(str(flat[key]), choices)}"
                 f" (expected one of {', '.join(choices)})"
             )
+
+
+def check(config: ConfigDict) -> None:
+    """Checks every value that can be checked without the data and the devices.
+
+    Raises:
+        UserError: names the key, its value and what was expected.
+    """
+    check_choices(config)
+    flat = flatten(config)
     for key, allowed in RANGES.items():
         if flat[key] not in allowed:
             raise UserError(f"config.{key} is {flat[key]}: expected {allowed}")

@@ -116,6 +116,9 @@ def test_mistakes(tmp_path):
     config.data.source = "tfds"
     with pytest.raises(UserError, match="train_split is '' and config"):
         fill_in(config)
+    config = small_run.small_config(**{"batch_size": 0, "data.source": "tfsd"})
+    with pytest.raises(UserError, match=r"data\.source is 'tfsd'; did you mean 'tfds'"):
+        fill_in(config)
     (tmp_path / "val").mkdir()
     with pytest.raises(UserError, match="has the folder val and no folder train: expected both"):
         filled(tmp_path)
