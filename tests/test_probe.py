@@ -19,11 +19,12 @@ from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.data.sources import TfdsSource
 from mambaout_jax.errors import UserError
 from mambaout_jax.inference.features import SPLIT, Features
-from mambaout_jax.inference.knn import TEMPERATURE, knn_accuracy
+from mambaout_jax.inference.knn import knn_accuracy
 from mambaout_jax.inference.linear_probe import fit, probe_accuracy
 from mambaout_jax.runtime.sharding import make_mesh
 
 CLASSES, WIDTH = 6, 10
+TEMPERATURE = 0.07  # the command's default
 
 
 def clusters(count, seed):
@@ -60,14 +61,16 @@ def test_knn_equals_scikit_learn(case):
     theirs.fit(*train)
     expected = 100 * theirs.score(*evaluation)
     assert 30 < expected < 95
-    assert knn_accuracy(train_features, eval_features, CLASSES, mesh) == pytest.approx(expected)
+    options = {"k": 20, "temperature": TEMPERATURE}
+    ours = knn_accuracy(train_features, eval_features, CLASSES, mesh, **options)
+    assert ours == pytest.approx(expected)
     one = 100 * KNeighborsClassifier(1, metric="cosine").fit(*train).score(*evaluation)
     assert one != expected
     options = {"k": 1, "temperature": 1.0}
     ours = knn_accuracy(train_features, eval_features, CLASSES, mesh, **options)
     assert ours == pytest.approx(one)
     with pytest.raises(UserError, match="there are 183 training images: expected at least the 184"):
-        knn_accuracy(train_features, eval_features, CLASSES, mesh, k=184)
+        knn_accuracy(train_features, eval_features, CLASSES, mesh, k=184, temperature=TEMPERATURE)
 
 
 @pytest.mark.slow

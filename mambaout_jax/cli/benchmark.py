@@ -6,7 +6,7 @@ import sys
 
 from mambaout_jax.cli.results import Row, add_output_arguments, check_outputs, write_rows
 from mambaout_jax.cli.validate import THREADS, expand_weights
-from mambaout_jax.cli.weights_arguments import WEIGHTS_HELP, add_network_arguments
+from mambaout_jax.cli.weights_arguments import add_checkpoints_arguments, add_network_arguments
 
 SUMMARY = "Evaluates checkpoints on ImageNet, ImageNet-V2, -A, -R, -Sketch and ReaL."
 EXAMPLE = "--model=mambaout_tiny --data=imagenet,v2,a,r,sketch,real --data-dir=/data/tfds"
@@ -14,13 +14,7 @@ EXAMPLE = "--model=mambaout_tiny --data=imagenet,v2,a,r,sketch,real --data-dir=/
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument(
-        "weights",
-        nargs="*",
-        metavar="NAME_OR_PATH",
-        help=f"{WEIGHTS_HELP}; wildcards match files, or else names on the hub (default: the "
-        "weights of --model)",
-    )
+    add_checkpoints_arguments(parser, optional=True)
     parser.add_argument(
         "--data",
         default="imagenet,v2,a,r,sketch,real",
@@ -30,26 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", default="", help="TFDS's folder with the datasets (default: $TFDS_DATA_DIR)"
     )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=256,
-        help="images in a step; halved while memory is too small (default: 256)",
-    )
     add_output_arguments(parser)
     add_network_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a table and writes the results; the status is 1 if a checkpoint could not be read."""
-    from mambaout_jax.runtime import processes
+    from mambaout_jax.runtime.processes import joined
 
-    processes.join_processes()
-    try:
+    with joined():
         return _evaluate_all(args)
-    except Exception as error:
-        processes.leave_after(error)
-        raise
 
 
 def _evaluate_all(args: argparse.Namespace) -> int:

@@ -3,7 +3,11 @@
 import argparse
 
 from mambaout_jax.cli.validate import THREADS
-from mambaout_jax.cli.weights_arguments import add_weights_arguments, weights_options
+from mambaout_jax.cli.weights_arguments import (
+    add_dataset_arguments,
+    add_weights_arguments,
+    weights_options,
+)
 
 SUMMARY = "Measures a network's pooled features on a dataset: kNN and a linear probe."
 EXAMPLE = "--weights=mambaout_tiny --data=folder --data-dir=pets"
@@ -11,14 +15,7 @@ EXAMPLE = "--weights=mambaout_tiny --data=folder --data-dir=pets"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument(
-        "--data",
-        default="imagenet2012",
-        metavar="NAME",
-        help="a TFDS dataset prepared as ArrayRecord (default: imagenet2012), or 'folder' for "
-        "images at DATA_DIR/SPLIT/CLASS/",
-    )
-    parser.add_argument("--data-dir", default="", help="where the dataset is")
+    add_dataset_arguments(parser)
     parser.add_argument("--train-split", default="train", help="default: train")
     parser.add_argument("--split", default="validation", help="to classify; default: validation")
     parser.add_argument(
@@ -46,19 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the accuracies of both."""
     from mambaout_jax.errors import UserError
-    from mambaout_jax.runtime import processes
+    from mambaout_jax.runtime.processes import joined
 
     options = weights_options(args)
     for name in ("k", "temperature", "c", "batch_size"):
         if not getattr(args, name) > 0:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is {getattr(args, name)}: expected a number above 0")
-    processes.join_processes()
-    try:
+    with joined():
         return _measure(args, options)
-    except Exception as error:
-        processes.leave_after(error)
-        raise
 
 
 def _measure(args: argparse.Namespace, options: dict) -> int:

@@ -9,7 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mambaout_jax.cli.results import Row, add_output_arguments, check_outputs, write_rows
-from mambaout_jax.cli.weights_arguments import WEIGHTS_HELP, add_network_arguments
+from mambaout_jax.cli.weights_arguments import (
+    add_checkpoints_arguments,
+    add_dataset_arguments,
+    add_network_arguments,
+)
 
 SUMMARY = "Evaluates one or many checkpoints on labelled images."
 EXAMPLE = "mambaout_tiny 'runs/*' --data-dir=/data/tfds"
@@ -19,20 +23,8 @@ THREADS = 4  # of each process that decodes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.add_argument(
-        "weights",
-        nargs="+",
-        metavar="NAME_OR_PATH",
-        help=f"{WEIGHTS_HELP}; wildcards match files, or else names on the hub",
-    )
-    parser.add_argument(
-        "--data",
-        default="imagenet2012",
-        metavar="NAME",
-        help="a TFDS dataset prepared as ArrayRecord (default: imagenet2012), or 'folder' for "
-        "images at DATA_DIR/SPLIT/CLASS/",
-    )
-    parser.add_argument("--data-dir", default="", help="where the dataset is")
+    add_checkpoints_arguments(parser)
+    add_dataset_arguments(parser)
     parser.add_argument("--split", default="validation", help="default: validation")
     parser.add_argument(
         "--real", type=Path, metavar="real.json", help="use reassessed labels (ImageNet ReaL)"
@@ -40,26 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subset", type=Path, metavar="FILE", help="class numbers or WordNet ids, one per line"
     )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=256,
-        help="images in a step; halved while memory is too small (default: 256)",
-    )
     add_output_arguments(parser)
     add_network_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints and writes the results; the status is 1 if a checkpoint could not be evaluated."""
-    from mambaout_jax.runtime import processes
+    from mambaout_jax.runtime.processes import joined
 
-    processes.join_processes()
-    try:
+    with joined():
         return _evaluate_all(args)
-    except Exception as error:
-        processes.leave_after(error)
-        raise
 
 
 def expand_weights(patterns: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Arguments that several commands share: the weights, the model and the type of computation.
+"""Arguments that several commands share: the weights, the model, its type and the dataset.
 
 In every command `--weights` is what `read_weights` takes, and `--model` is the variant.
 """
@@ -18,6 +18,35 @@ def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --weights, and the arguments of `add_network_arguments`."""
     parser.add_argument("--weights", metavar="NAME_OR_PATH", help=WEIGHTS_HELP)
     add_network_arguments(parser)
+
+
+def add_checkpoints_arguments(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    """Adds the checkpoints to evaluate, of which `optional` allows none, and --batch-size."""
+    default = " (default: the weights of --model)" if optional else ""
+    parser.add_argument(
+        "weights",
+        nargs="*" if optional else "+",
+        metavar="NAME_OR_PATH",
+        help=f"{WEIGHTS_HELP}; wildcards match files, or else names on the hub{default}",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=256,
+        help="images in a step; halved while memory is too small (default: 256)",
+    )
+
+
+def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --data and --data-dir."""
+    parser.add_argument(
+        "--data",
+        default="imagenet2012",
+        metavar="NAME",
+        help="a TFDS dataset prepared as ArrayRecord (default: imagenet2012), or 'folder' for "
+        "images at DATA_DIR/SPLIT/CLASS/",
+    )
+    parser.add_argument("--data-dir", default="", help="where the dataset is")
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,5 @@
 """Pooled features of a split, computed once and kept on the devices."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,11 +20,7 @@ from mambaout_jax.runtime.sharding import BATCH, global_batch, over_mesh
 SPLIT = P(None, *BATCH)  # features are split over the devices as the batches that they come from
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("values", "labels"), meta_fields=()
-)
-@dataclasses.dataclass(frozen=True)
-class Features:
+class Features(struct.PyTreeNode):
     """Features of a split's images and their classes, over all devices.
 
     Attributes:

@@ -16,9 +16,6 @@ from jax.sharding import PartitionSpec as P
 from mambaout_jax.errors import UserError
 from mambaout_jax.inference.features import SPLIT, Features
 
-K = 20
-TEMPERATURE = 0.07
-
 
 def knn_accuracy(
     train: Features,
@@ -26,8 +23,8 @@ def knn_accuracy(
     num_classes: int,
     mesh: Mesh,
     *,
-    k: int = K,
-    temperature: float = TEMPERATURE,
+    k: int,
+    temperature: float,
 ) -> float:
     """Returns the accuracy in percent of classifying images by their nearest neighbours.
 

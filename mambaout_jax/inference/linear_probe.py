@@ -41,7 +41,7 @@ class Probe(struct.PyTreeNode):
         return jnp.matmul(inputs, self.kernel, precision=lax.Precision.HIGHEST) + self.bias
 
 
-def fit(train: Features, num_classes: int, mesh: Mesh, *, c: float = 1.0) -> Probe:
+def fit(train: Features, num_classes: int, mesh: Mesh, *, c: float) -> Probe:
     """Fits the probe by L-BFGS until the gradient vanishes.
 
     It is scikit-learn's `make_pipeline(StandardScaler(), LogisticRegression(C=c))`. The logits of

@@ -73,6 +73,21 @@ def join_processes() -> None:
         alarm.cancel()
 
 
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Joins the other processes; an error inside ends them all, see `leave_after`.
+
+    Raises:
+        UserError: see `join_processes`.
+    """
+    join_processes()
+    try:
+        yield
+    except Exception as error:
+        leave_after(error)
+        raise
+
+
 def alone(address: str | None) -> str:
     """Returns the message for processes that do not come."""
     at = f" at {address}" if address else ""
