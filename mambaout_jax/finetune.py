@@ -41,8 +41,8 @@ def finetune(
         "init_from": weights,
         "model.name": info.model,
         "data.dir": os.fspath(directory),
+        "data.image_size": info.preprocessing.shape[0],
     }
-    start |= {"data.image_size": info.preprocessing.shape[0]}
     config.update_from_flattened_dict(start | keys)
     with StopRequest() as stop:
         train(build_run(config), epath.Path(workdir), stop)

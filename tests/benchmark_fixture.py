@@ -21,12 +21,12 @@ from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
 from mambaout_jax.labels import imagenet_subset, imagenet_wordnet_ids
 
-COUNT = 12  # images of each data set
+COUNT = 12  # images of each dataset
 REAL = [[number * 7 % 1000, number][: number % 3] for number in range(COUNT)]
 
 
 def labels(dataset: str) -> list[int]:
-    """Returns the class of each image of a data set."""
+    """Returns the class of each image of a dataset."""
     if dataset in ("imagenet_a", "imagenet_r"):
         subset = imagenet_subset(dataset)
         return [subset[(number * 17) % 200] for number in range(COUNT)]

@@ -32,7 +32,7 @@ def alone(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """All data sets, prepared as TFDS does."""
+    """All datasets, prepared as TFDS does."""
     root = tmp_path_factory.mktemp("tfds")
     write_imagenet(root, train=1, validation=COUNT)
     with pytest.MonkeyPatch.context() as monkeypatch:

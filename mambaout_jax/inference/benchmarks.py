@@ -34,7 +34,7 @@ class Benchmark:
             data_dir: TFDS's folder; "": $TFDS_DATA_DIR.
 
         Raises:
-            UserError: the data set is not prepared there; says how to prepare it.
+            UserError: the dataset is not prepared there; says how to prepare it.
         """
         dataset = Dataset(
             kind="tfds",

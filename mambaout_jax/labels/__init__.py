@@ -27,7 +27,7 @@ def imagenet_wordnet_ids() -> tuple[str, ...]:
 def imagenet_subset(name: str) -> tuple[int, ...]:
     """Returns the 200 classes of ImageNet-A ("imagenet_a") or ImageNet-R ("imagenet_r").
 
-    Source: the folders of the two data sets, as timm lists them.
+    Source: the folders of the two datasets, as timm lists them.
     """
     text = resources.files(__name__).joinpath(f"{name}.txt").read_text(encoding="utf-8")
     return tuple(imagenet_wordnet_ids().index(wordnet_id) for wordnet_id in text.split())

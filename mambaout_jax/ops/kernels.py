@@ -28,8 +28,8 @@ def kernels_usable(target: Target) -> bool:
     reason = why_unusable(target)
     if reason:
         _warn_once(
-            "using XLA's slower depthwise convolutions, selective scans and layer norm gradients "
-            f"instead of the {target.platform} kernels: {reason}"
+            "using XLA's slower depthwise convolutions and layer norm gradients instead of the "
+            f"{target.platform} kernels: {reason}"
         )
     return not reason
 

@@ -85,7 +85,7 @@ def evaluate_and_record(
         *(epoch, steps.total / steps.per_epoch, row["train_loss"], loss),
         *(describe(results, digits=2), rate),
     )
-    if programs.pictures:
+    if programs.pictures is not None:
         with session.clock.of(goodput.EVALUATE):
             predicted = programs.pictures.predict(params)
             if session.recorder.enabled:

@@ -118,7 +118,9 @@ def named_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
             good = "the checkpoints before it are good"
         else:
             latest = manager.latest_step()
-            good = f"checkpoint {latest} is good" if latest else "there is no checkpoint yet"
+            good = (
+                "there is no checkpoint yet" if latest is None else f"checkpoint {latest} is good"
+            )
         raise type(failure)(f"{failure}; {good}") from error
 
 

@@ -22,12 +22,10 @@ class Teacher:
     """A network that is not trained.
 
     Attributes:
-        name: of its weights.
         params: numpy arrays; each device has a copy of all.
         logits: of `params` and the run's inputs, float32 [N, H, W, 3]: float32 [N, classes].
     """
 
-    name: str
     params: Any
     logits: Callable[[Any, jax.Array], jax.Array]
 
@@ -87,7 +85,7 @@ def read_teacher(
         jax.eval_shape(logits, params, images)
     except UserError as error:
         raise UserError(f"the teacher {name}: {error}") from None
-    return Teacher(name, params, logits)
+    return Teacher(params, logits)
 
 
 def _check_classes(

@@ -52,17 +52,9 @@ def backward(
     states: jax.Array,
     dy: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Returns the gradients of x, delta, a, b, c and d.
+    """Returns the gradients of x, delta, a, b, c and d, the arguments of `forward`.
 
-    Args:
-        x: as those up to `d`, the argument of `forward`.
-        delta: see there.
-        a: see there.
-        b: see there.
-        c: see there.
-        d: see there.
-        states: those that `forward` kept.
-        dy: gradient of y, [N, L, E].
+    `states` are those that `forward` kept, and `dy`, [N, L, E], is the gradient of y.
     """
 
     def step(carry, inputs):  # type: ignore[no-untyped-def]
