@@ -4,7 +4,7 @@
 
 FOLDER has train/SYNSET/IMAGE for the 11,821 classes of timm's list (imagenet12k_synsets.txt), a
 part of the full ImageNet's. TFDS has no builder of ImageNet-12k, -21k or -22k: the images are read
-from class folders, or, with --config.data.source=tfds --config.data.name=NAME, from a data set in
+from class folders, or, with --config.data.source=tfds --config.data.name=NAME, from a dataset in
 ArrayRecord form that you wrote with a builder of your own. One image of a hundred of each class is
 kept for evaluation.
 
