@@ -113,8 +113,9 @@ def broken(folder, number):
     return path
 
 
-def test_a_read_that_fails_once_is_repeated(folder):
-    expected = next(train_batches(config(folder)))
+def test_a_read_that_fails_once_is_repeated(folder, tmp_path):
+    # Of a copy: the threads of these batches read on, and must not meet the broken file.
+    expected = next(train_batches(config(shutil.copytree(folder, tmp_path / "copy"))))
     repair = Repair(broken(folder, 7), jpeg(7))
     logger = logging.getLogger("mambaout_jax.runtime.storage")
     logger.addHandler(repair)
