@@ -5,10 +5,10 @@ the other in the same run of this script:
 
   python benchmarks/gpu_step.py --models mambaout_femto mambaout_tiny --batch=256
 
-Both compute in bfloat16 at 224 pixels from images and labels that lie on the GPU, with random
-weights, label smoothing 0.1, the paper's drop path and AdamW. timm runs with channels_last,
-autocast, fused AdamW and torch.compile. Median of several rounds. A ratio above 1 means that
-this package is faster.
+Both compute in bfloat16, ours also in others of --dtypes, at 224 pixels from images and labels that
+lie on the GPU, with random weights, label smoothing 0.1, the paper's drop path and AdamW. timm runs
+with channels_last, autocast, fused AdamW and torch.compile. Median of several rounds. A ratio above
+1 means that this package is faster.
 
 The first row is the base of the ratios. If a row fails, its error is printed, the others follow,
 and the exit status is 1. For the cost of an SSM in the last two stages, with each implementation of
@@ -16,6 +16,11 @@ the selective scan:
 
   python benchmarks/gpu_step.py --models mambaout_tiny --modes train --batch=128 --no_timm \
       --token_mixers conv conv,conv,conv_ssm,conv_ssm --scans pallas_gpu chunked scan
+
+and for the cost of float32:
+
+  python benchmarks/gpu_step.py --models mambaout_femto --modes train --no_timm \
+      --dtypes bfloat16 float32
 """
 
 import argparse
@@ -47,6 +52,7 @@ def ours(
     depthwise: str,
     token_mixer: str = "conv",
     scan: str = "auto",
+    dtype: str = "bfloat16",
 ) -> tuple[Callable[[], None], Callable, Callable[[], int]]:
     """Returns a call that starts one step, one that waits for all, and one for the peak memory."""
     import jax
@@ -65,7 +71,7 @@ def ours(
     key = jax.random.key(0)
     network = mambaout_jax.create_model(
         model,
-        dtype=jnp.bfloat16,
+        dtype=jnp.dtype(dtype),
         depthwise=depthwise,
         token_mixer=token_mixer,
         drop_path_rate=_DROP_PATH[model],
@@ -148,8 +154,13 @@ def theirs(
 def measure(side: str, *job: Any) -> None:
     """Prints one side's images/s, peak memory, and seconds before its first step was done."""
     started = time.perf_counter()
-    batch = job[1]
-    call, wait, peak = (ours if side == "ours" else theirs)(*job)
+    print_rates(started, job[1], *(ours if side == "ours" else theirs)(*job))
+
+
+def print_rates(
+    started: float, batch: int, call: Callable, wait: Callable, peak: Callable[[], int]
+) -> None:
+    """Times rounds of calls, and prints what `run_side` reads."""
     call()
     wait()
     seconds = time.perf_counter() - started
@@ -167,6 +178,27 @@ def measure(side: str, *job: Any) -> None:
     print(json.dumps({"rate": rate, "rates": rates, "first": seconds, "peak": peak()}))
 
 
+def run_side(script: str, name: str, job: list[Any], base: float) -> float:
+    """Runs a side in a process, prints its row and returns its images/s; NaN if it fails.
+
+    The ratio is that to `base` images/s, and 1 without one.
+    """
+    command = [sys.executable, script, "--measure", json.dumps(job)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        print(f"{name} failed:\n{run.stderr[-3000:]}", flush=True)
+        return math.nan
+    result = json.loads(run.stdout.splitlines()[-1])
+    spread = max(result["rates"]) / min(result["rates"]) - 1
+    print(
+        f"{name:67} {result['rate']:8,.0f} images/s "
+        f"(spread {spread:.1%}), ratio {result['rate'] / (base or result['rate']):.2f}, "
+        f"{result['peak'] / 2**30:.2f} GiB, first step after {result['first']:.0f} s",
+        flush=True,
+    )
+    return result["rate"]
+
+
 def main() -> None:
     """Parses the flags, runs each side and prints the table."""
     parser = argparse.ArgumentParser(
@@ -180,6 +212,7 @@ def main() -> None:
     parser.add_argument(
         "--scans", nargs="+", default=["auto"], help="implementations of ops.selective_scan"
     )
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="of ours")
     parser.add_argument("--no_timm", action="store_true", help="measure ours alone")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -188,33 +221,22 @@ def main() -> None:
         return
     sides: list[tuple[str, ...]] = [] if args.no_timm else [("timm",)]
     sides += [
-        ("ours", depthwise, token_mixer, scan)
+        ("ours", depthwise, token_mixer, scan, dtype)
         for depthwise in args.depthwise
         for token_mixer in args.token_mixers
         for scan in (args.scans if "ssm" in token_mixer else ["auto"])
+        for dtype in args.dtypes
     ]
     failed = False
     for model in args.models:
         for mode in args.modes:
-            base = math.nan
+            base = 0.0
             for number, (side, *options) in enumerate(sides):
-                job = json.dumps([side, model, args.batch, mode, *options])
-                command = [sys.executable, __file__, "--measure", job]
-                run = subprocess.run(command, capture_output=True, text=True, check=False)
-                name = " ".join((side, *options))
-                if run.returncode:
-                    print(f"{name} {model} {mode} failed:\n{run.stderr[-3000:]}", flush=True)
-                    failed = True
-                    continue
-                result = json.loads(run.stdout.splitlines()[-1])
-                base = base if number else result["rate"]
-                spread = max(result["rates"]) / min(result["rates"]) - 1
-                print(
-                    f"{model:16} {mode:5} {name:45} {result['rate']:8,.0f} images/s "
-                    f"(spread {spread:.1%}), ratio {result['rate'] / base:.2f}, "
-                    f"{result['peak'] / 2**30:.2f} GiB, first step after {result['first']:.0f} s",
-                    flush=True,
-                )
+                name = f"{model:16} {mode:5} {' '.join((side, *options))}"
+                job = [side, model, args.batch, mode, *options]
+                rate = run_side(__file__, name, job, base)
+                base = base if number else rate
+                failed |= math.isnan(rate)
     if failed:
         sys.exit(1)
 
