@@ -88,20 +88,20 @@ def mount_disk(run: Run, random_: random.Random) -> None:
 
 def fill_disk(run: Run, random_: random.Random) -> None:
     """Fills the disk, and keeps it full until the process ends."""
-    filler = Path(run.workdir.parent) / "filler"
+    filler, process = Path(run.workdir.parent) / "filler", run.process
 
     def fill() -> None:
         with filler.open("ab", buffering=0) as file:
-            while not run.process or not run.ended():
+            while not process or process.poll() is None:  # run.process will be the next one
                 for size in (1 << 20, 1 << 12, 1):
                     with contextlib.suppress(OSError):
                         while file.write(bytes(size)) == size:
                             pass
-                if not run.process:
+                if not process:
                     return
                 time.sleep(0.02)
 
-    if run.process:
+    if process:
         threading.Thread(target=fill, daemon=True).start()
     else:
         fill()
