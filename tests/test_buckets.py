@@ -265,6 +265,7 @@ def last_line(log):
     return log.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket(folder, run):
     """One epoch, with every file that a run leaves; again; read as weights."""
     keys = (

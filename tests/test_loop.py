@@ -172,6 +172,7 @@ def test_a_batch_is_sent_before_the_step_ahead_of_it(tmp_path, monkeypatch):
     assert events == ["send", "send", "step", "send", "step", "send", "step", "step"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_bits(finished, tmp_path, monkeypatch):
     """Stopped in the middle of an epoch after an evaluation, with a later row already written."""
     workdir = tmp_path / "stopped"

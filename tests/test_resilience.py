@@ -381,6 +381,7 @@ def poison(monkeypatch, first, last):
     monkeypatch.setattr(step_module, "augment", poisoned)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch, caplog):
     poison(monkeypatch, 6, 7)
     with caplog.at_level("INFO"):
