@@ -72,6 +72,8 @@ ADDED_KEYS: dict[str, Any] = {
     "eval.window": 0,
     "eval.stride": 0,
 }
+# Values of older runs, and what they are called now.
+_RENAMED_VALUES = {("model.depthwise", "pallas_gpu"): "triton"}
 # Keys that one task does not read, and the value that they have with it.
 UNREAD: dict[str, dict[str, Any]] = {
     "segmentation": {
@@ -297,6 +299,8 @@ def overlay(config: ConfigDict, record: Mapping[str, Any], keep: Collection[str]
     for key, value in record.items():
         if key in known and key not in keep:
             value = tuple(value) if isinstance(value, list) else value
+            if isinstance(value, str):
+                value = _RENAMED_VALUES.get((key, value), value)
             config.update_from_flattened_dict({key: value})
 
 

@@ -171,3 +171,10 @@ def test_a_command_killed_while_it_starts_leaves_an_unused_workdir(tmp_path):
     (tmp_path / "lock").write_text("")
     (tmp_path / ".config.json.abc.json").write_text('{"se')
     assert workdir_check(tmp_path)
+
+
+def test_the_kernels_former_name_in_an_older_run_is_the_one_now():
+    config = default.get_config()
+    configuration.overlay(config, {"model.depthwise": "pallas_gpu"}, ())
+    assert config.model.depthwise == "triton"
+    configuration.check(config)

@@ -1,4 +1,4 @@
-"""Depthwise convolution: every implementation against float64, and bad input."""
+"""Depthwise convolution: the implementations that run anywhere, against float64; and bad input."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.ops import depthwise_conv2d
 from mambaout_jax.ops.depthwise import pallas_tpu
 from mambaout_jax.ops.depthwise.dispatch import implementations
+
+EVERYWHERE = [name for name in implementations() if name != "triton"]
 
 # Largest error, as a part of the largest absolute value: float32 sums of up to k * k or
 # N * H * W products; for bfloat16, half a unit in the last of its 8 digits, and a little.
@@ -50,9 +52,9 @@ def draw(shape: tuple[int, ...], size: int, dtype, seed: int = 0):
     return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype), jnp.asarray(dy, dtype)
 
 
-def assert_close(actual: jax.Array, expected: np.ndarray, dtype) -> None:
+def assert_close(actual: jax.Array, expected: np.ndarray, tolerance: float) -> None:
     error = np.abs(np.asarray(actual, np.float64) - expected).max()
-    assert error <= TOLERANCE[dtype] * np.abs(expected).max()
+    assert error <= tolerance * np.abs(expected).max()
 
 
 def check(implementation: str, shape: tuple[int, ...], size: int, dtype, seed: int = 0) -> None:
@@ -68,18 +70,18 @@ def check(implementation: str, shape: tuple[int, ...], size: int, dtype, seed: i
     y, dx, dkernel = run(x, kernel, dy)
     assert y.dtype == dx.dtype == dkernel.dtype == dtype
     x, kernel, dy = (np.asarray(a, np.float64) for a in (x, kernel, dy))
-    assert_close(y, reference(x, kernel), dtype)
-    assert_close(dx, reference(dy, kernel[::-1, ::-1]), dtype)
-    assert_close(dkernel, reference_filter_gradient(x, dy, size), dtype)
+    assert_close(y, reference(x, kernel), TOLERANCE[dtype])
+    assert_close(dx, reference(dy, kernel[::-1, ::-1]), TOLERANCE[dtype])
+    assert_close(dkernel, reference_filter_gradient(x, dy, size), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_seven_by_seven_agrees_with_float64(implementation, dtype):
     check(implementation, (2, 7, 7, 48), 7, dtype)
 
 
-@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(*[st.integers(1, high) for high in (3, 11, 11, 20)]),
@@ -91,7 +93,7 @@ def test_any_shape_agrees_with_float64(implementation, shape, size, dtype, seed)
     check(implementation, shape, size, dtype, seed)
 
 
-@pytest.mark.parametrize("implementation", implementations())
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_float32_kernel_is_rounded_and_keeps_its_gradient_in_float32(implementation):
     x, kernel, dy = draw((2, 5, 5, 8), 3, jnp.float32)
     x = x.astype(jnp.bfloat16)
@@ -115,12 +117,6 @@ def test_float32_kernel_is_rounded_and_keeps_its_gradient_in_float32(implementat
 def test_tpu_kernels_in_several_blocks(monkeypatch, rows, shape):
     monkeypatch.setattr(pallas_tpu, "_rows", lambda x, size: rows)
     check("pallas_tpu", shape, 5, jnp.float32)
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 17, 40), (9, 2, 4, 70)])
-def test_gpu_kernels_in_several_blocks(shape):
-    """Uneven parts of a row, of the channels and, of the filter's gradient, of the rows."""
-    check("pallas_gpu", shape, 5, jnp.float32)
 
 
 def test_tpu_blocks_fit_their_memory():

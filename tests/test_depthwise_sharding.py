@@ -35,7 +35,7 @@ def gathered_elements(module: str) -> list[int]:
     return [int(np.prod([int(size) for size in shape.split(",") if size])) for shape in shapes]
 
 
-@pytest.mark.parametrize("implementation", ["auto", "shifted", "pallas_gpu", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["auto", "shifted", "pallas_tpu"])
 def test_a_sharded_batch_stays_sharded_and_gives_the_same_gradients(implementation):
     assert jax.device_count() == 8
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
@@ -73,7 +73,7 @@ def test_the_search_for_all_gathers_finds_one():
     assert gathered_elements(gather.lower(example()[0]).compile().as_text()) == [N * H * W * C]
 
 
-@pytest.mark.parametrize("implementation", ["shifted", "pallas_gpu", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["shifted", "pallas_tpu"])
 def test_remat_changes_nothing(implementation):
     # Small integers: every sum is exact, whatever its order.
     x, kernel = (np.round(array) for array in example())
@@ -94,10 +94,6 @@ def exported(platform: str) -> jax.export.Exported:
 def test_auto_chooses_for_the_platform_that_is_lowered_for():
     assert "stablehlo.convolution" not in exported("cpu").mlir_module()
     assert exported("rocm").mlir_module().count("stablehlo.convolution") == 3
-    if jax.__version_info__ < (0, 11):  # later ones lower GPU kernels where a GPU is, alone
-        traced = jax.jit(gradients("auto")).trace(*example())
-        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
-        assert lowered.count("@__gpu$xla.gpu.triton") == 3
     tpu = exported("tpu").mlir_module()
     assert "stablehlo.convolution" not in tpu
     assert tpu.count("@tpu_custom_call") == 3

@@ -13,11 +13,9 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.ops import depthwise_conv2d, kernels, layer_norm
 from mambaout_jax.ops.lowering import Target, call_for_target
 
-OLD_JAX = jax.__version_info__ < (0, 11)  # it compiles GPU kernels where no GPU is
-
 NO_TRITON = """
 import json, logging, os, sys
-sys.modules["jax.experimental.pallas.triton"] = None  # import raises ModuleNotFoundError
+sys.modules["triton"] = sys.modules["jax_triton"] = None  # import raises ModuleNotFoundError
 os.environ["JAX_PLATFORMS"] = "cpu"
 logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
 import jax, jax.numpy as jnp
@@ -29,7 +27,8 @@ def loss(params):
     return (model.apply(params, images) ** 2).sum()
 gradients = jax.jit(jax.grad(loss))(params)
 assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(gradients))
-assert not [name for name in sys.modules if "pallas" in name and "mambaout" in name]
+kernels = [name for name in sys.modules if "pallas" in name or "triton" in name]
+assert not [name for name in kernels if "mambaout" in name]
 traced = jax.jit(jax.grad(loss)).trace(params)
 for platform in ("tpu", "cuda"):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -49,7 +48,7 @@ def test_cpu_and_tpu_need_no_triton_and_a_gpu_does_without():
     assert cuda == f"cuda 0 0 {stem_and_downsampling + 12}"
     (warning,) = warnings
     assert warning.startswith("mambaout_jax.ops.kernels using XLA's slower depthwise convolutions")
-    assert warning.endswith("has no jax.experimental.pallas.triton")
+    assert warning.endswith("compiled for the GPU of this machine, and JAX finds none")
 
 
 def gradient(implementation):
@@ -87,27 +86,55 @@ def test_a_gpu_below_8_takes_xla_and_one_warning_says_so(gpu, caplog):
     assert "capability 8.0 or higher, and this one has 7.5" in record.message
 
 
-def test_a_gpu_from_8_on_takes_the_kernels(gpu, caplog):
+def test_a_gpu_from_8_on_takes_the_kernels(gpu, caplog, monkeypatch):
     gpu("8.0", "12.0")
+    monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace())
     assert kernels.kernels_usable(Target("cuda", 1))
     assert not caplog.records
 
 
-def test_without_a_gpu_kernels_are_lowered_if_jax_can(caplog):
+def test_a_gpu_without_jax_triton_takes_xla_and_a_warning_names_the_extra(gpu, caplog, monkeypatch):
+    gpu("9.0")
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    assert lower("cuda").count("stablehlo.convolution") == 2
+    (record,) = caplog.records
+    assert record.message.endswith("jax_triton is not installed (pip install 'mambaout_jax[cuda]')")
+
+
+def test_without_a_gpu_xla_is_used(caplog):
     kernels._warn_once.cache_clear()
-    text = lower("cuda")
-    if OLD_JAX:
-        assert text.count("@__gpu$xla.gpu.triton") == 2
-        assert not caplog.records
-    else:
-        assert text.count("stablehlo.convolution") == 2
-        assert "compiles them only where a GPU is" in caplog.text
+    assert lower("cuda").count("stablehlo.convolution") == 2
+    assert "JAX finds none" in caplog.text
+
+
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])
+def test_programs_for_a_gpu_call_the_kernels(gpu, capability):
+    # jax-triton without JAX's plugin for GPUs raises ImportError, before 0.4.
+    pytest.importorskip(
+        "jax_triton", reason="jax-triton or jax-cuda13-plugin is missing", exc_type=ImportError
+    )
+    gpu(capability)
+
+    def loss(x, kernel, scale):
+        x, y = layer_norm(x, scale, scale, 1e-6, x.dtype)
+        return (x + depthwise_conv2d(y, kernel)).sum()
+
+    x, kernel, scale = jnp.ones((2, 7, 7, 8)), jnp.ones((7, 7, 1, 8)), jnp.ones(8)
+    gradients = jax.grad(loss, (0, 1, 2))
+    vmapped = jax.vmap(gradients, (0, None, None))
+    for function, batch in ((gradients, x), (vmapped, x[None])):
+        traced = jax.jit(function).trace(batch, kernel, scale)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("@triton_kernel_call") == 3  # two gradients, and the norm's
+        assert "stablehlo.convolution" not in text
 
 
 def test_a_kernel_chosen_by_name_that_cannot_be_used_is_an_error(gpu):
     gpu("7.5")
-    with pytest.raises(UserError, match=r"depthwise='pallas_gpu' cannot be used, choose 'auto'"):
-        lower("cuda", "pallas_gpu")
+    with pytest.raises(UserError, match=r"depthwise='triton' cannot be used, choose 'auto': they"):
+        lower("cuda", "triton")
+    with pytest.raises(UserError, match="for NVIDIA GPUs, and this program is for cpu"):
+        lower("cpu", "triton")
 
 
 def test_only_the_function_of_the_platform_is_traced():

@@ -1,4 +1,4 @@
-"""LayerNorm and its gradients against float64 formulas: in XLA, and by the GPU kernel."""
+"""LayerNorm and its gradients against float64 formulas."""
 
 import functools
 
@@ -8,14 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mambaout_jax.ops import layer_norm, norm, norm_pallas_gpu
+from mambaout_jax.ops import layer_norm, norm
 from mambaout_jax.ops.sharded import on_parts
 
 EPSILON = 1e-6
-GRADIENTS = {
-    "xla": norm.xla_gradient,
-    "gpu": functools.partial(norm_pallas_gpu.gradient, interpret=True),
-}
 
 
 def draw(shape, dtype=jnp.float32):
@@ -49,31 +45,37 @@ def test_values_and_the_shortcut():
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("shape", [(2, 5, 3, 48), (1, 40, 30, 130)])
-def test_gradients(gradient, shape):
+def check_gradients(gradient, shape):
     x, scale, _, dy, shortcut = draw(shape)
     _, dx, *sums = reference(x, scale, dy)
     for branch, expected in (((), dx), ((shortcut,), dx + shortcut)):
-        got = GRADIENTS[gradient](x, scale, dy, *branch, epsilon=EPSILON)
+        got = gradient(x, scale, dy, *branch, epsilon=EPSILON)
         for a, b in zip(got, (expected, *sums), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_bfloat16_gradients_are_rounded_once(gradient):
+def check_bfloat16_gradients_are_rounded_once(gradient, tolerance=2.0**-8):
     x, scale, _, dy, shortcut = draw((2, 5, 3, 48), jnp.bfloat16)
     wide = (array.astype(jnp.float32) for array in (x, dy, shortcut))
     x32, dy32, shortcut32 = wide
-    expected = GRADIENTS["xla"](x32, scale, dy32, shortcut32, epsilon=EPSILON)
-    got = GRADIENTS[gradient](x, scale, dy, shortcut, epsilon=EPSILON)
+    expected = norm.xla_gradient(x32, scale, dy32, shortcut32, epsilon=EPSILON)
+    got = gradient(x, scale, dy, shortcut, epsilon=EPSILON)
     assert got[0].dtype == jnp.bfloat16
-    np.testing.assert_allclose(got[0].astype(jnp.float32), expected[0], rtol=2.0**-8)
+    np.testing.assert_allclose(got[0].astype(jnp.float32), expected[0], rtol=tolerance)
     for a, b in zip(got[1:], expected[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-def test_the_gpu_kernel_runs_on_each_devices_part_of_the_batch():
+@pytest.mark.parametrize("shape", [(2, 5, 3, 48), (1, 40, 30, 130)])
+def test_gradients(shape):
+    check_gradients(norm.xla_gradient, shape)
+
+
+def test_bfloat16_gradients_are_rounded_once():
+    check_bfloat16_gradients_are_rounded_once(norm.xla_gradient)
+
+
+def test_each_device_runs_the_gradient_on_its_part_of_the_batch():
     assert jax.device_count() == 8
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     maps = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -81,7 +83,7 @@ def test_the_gpu_kernel_runs_on_each_devices_part_of_the_batch():
 
     def in_mesh(x, scale, dy):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            gradient = functools.partial(GRADIENTS["gpu"], epsilon=EPSILON)
+            gradient = functools.partial(norm.xla_gradient, epsilon=EPSILON)
             return on_parts(gradient, (True, False, True), (True, False, False))(x, scale, dy)
 
     x, scale, _, dy, _ = draw((16, 3, 2, 24))

@@ -99,7 +99,7 @@ def export_program(
 
         return logits
 
-    # Pallas kernels support neither a symbolic batch nor several platforms in one program, and jax
+    # Kernels support neither a symbolic batch nor several platforms in one program, and jax
     # guarantees compatibility for plain StableHLO only.
     def network(weights: list[jax.Array], images: jax.Array) -> jax.Array:
         on_cpu, elsewhere = with_depthwise("shifted"), with_depthwise("xla")

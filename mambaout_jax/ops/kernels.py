@@ -1,4 +1,4 @@
-"""Where the Pallas kernels can be used; elsewhere XLA's own operations are, with one warning."""
+"""Where our kernels can be used; elsewhere XLA's own operations are, with one warning."""
 
 import functools
 import importlib
@@ -20,12 +20,13 @@ _VMEM = {
     "TPU v6e": 128,
 }
 _LEAST_VMEM = 16
-_LEAST_CAPABILITY = (8, 0)  # of the GPUs that Pallas' Triton backend compiles for
+_CHIPS = {"cuda": "NVIDIA GPUs", "tpu": "TPUs"}
+_LEAST_CAPABILITY = (8, 0)  # of the GPUs that Triton compiles for
 
 
 def kernels_usable(target: Target) -> bool:
     """Returns whether the kernels of the target's platform can be used; if not, warns once."""
-    reason = why_unusable(target)
+    reason = why_unusable(target, target.platform)
     if reason:
         _warn_once(
             "using XLA's slower depthwise convolutions and layer norm gradients instead of the "
@@ -34,8 +35,10 @@ def kernels_usable(target: Target) -> bool:
     return not reason
 
 
-def why_unusable(target: Target) -> str:
+def why_unusable(target: Target, platform: str) -> str:
     """Returns why the kernels of "cuda" or "tpu" cannot be used for the target, "" if they can."""
+    if target.platform != platform:
+        return f"its kernels are for {_CHIPS[platform]}, and this program is for {target.platform}"
     if target.devices > 1:
         return (
             f"XLA cannot split a kernel over {target.devices} devices; call the model inside "
@@ -45,22 +48,22 @@ def why_unusable(target: Target) -> str:
 
 
 def _why_no_triton() -> str:
-    try:
-        triton = importlib.import_module("jax.experimental.pallas.triton")
-    except ImportError:
-        return f"jax {jax.__version__} has no jax.experimental.pallas.triton"
-    capability = _compute_capability()
+    capability = compute_capability()
     if capability is None:
-        # From jax 0.11 on, kernels are compiled for the GPU of this machine alone.
-        anywhere = not hasattr(triton, "get_gpu_info")
-        return "" if anywhere else f"jax {jax.__version__} compiles them only where a GPU is"
+        return "they are compiled for the GPU of this machine, and JAX finds none"
     if capability < _LEAST_CAPABILITY:
         least, found = (".".join(map(str, pair)) for pair in (_LEAST_CAPABILITY, capability))
         return f"they need a GPU of compute capability {least} or higher, and this one has {found}"
+    try:
+        importlib.import_module("jax_triton")
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed (pip install 'mambaout_jax[cuda]')"
+    except ImportError as error:
+        return str(error)
     return ""
 
 
-def _compute_capability() -> tuple[int, int] | None:
+def compute_capability() -> tuple[int, int] | None:
     """Returns the lowest compute capability of this process's NVIDIA GPUs, None without any."""
     try:
         devices = jax.local_devices(backend="cuda")

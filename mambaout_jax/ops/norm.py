@@ -71,9 +71,9 @@ layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 def _choose_gradient(target: Target) -> Callable:
     if target.platform != "cuda" or not kernels_usable(target):
         return xla_gradient
-    from mambaout_jax.ops import norm_pallas_gpu
+    from mambaout_jax.ops import norm_triton
 
-    return norm_pallas_gpu.gradient
+    return norm_triton.gradient
 
 
 def xla_gradient(

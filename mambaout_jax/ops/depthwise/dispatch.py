@@ -19,9 +19,9 @@ from mambaout_jax.ops.kernels import kernels_usable, why_unusable
 from mambaout_jax.ops.lowering import Target, call_for_target
 from mambaout_jax.ops.sharded import on_parts
 
-_MODULES = {"xla": "xla", "shifted": "cpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
-_KERNELS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}  # and their platforms
-_FASTEST = {"cpu": "shifted", "cuda": "pallas_gpu", "tpu": "pallas_tpu"}
+_MODULES = {"xla": "xla", "shifted": "cpu", "triton": "gpu", "pallas_tpu": "tpu"}
+_KERNELS = {"triton": "cuda", "pallas_tpu": "tpu"}  # and their platforms
+_FASTEST = {"cpu": "shifted", "cuda": "triton", "tpu": "pallas_tpu"}
 
 
 def implementations() -> list[str]:
@@ -41,15 +41,15 @@ def depthwise_conv2d(x: jax.Array, kernel: jax.Array, *, implementation: str = "
         kernel: filters, [k, k, 1, C], as in `flax.linen.Conv` with `feature_group_count=C`.
         implementation: one of `implementations()`. "auto" is the fastest known for the platform
             that the program is lowered for, and "xla", with a warning, where that one cannot be
-            used. A kernel that is chosen by name runs in Pallas' interpreter, slowly, on other
-            platforms than its own.
+            used. "pallas_tpu" runs in Pallas' interpreter, slowly, on other platforms than TPUs.
 
     Returns:
         Maps of x's shape and dtype.
 
     Raises:
         UserError: for an unknown implementation, for shapes or dtypes other than those above, and
-            while lowering, when a kernel that is chosen by name cannot be used.
+            while lowering, when a kernel that is chosen by name cannot be used, as "triton" for
+            other platforms than NVIDIA GPUs.
     """
     if implementation not in implementations():
         raise UserError(
@@ -121,12 +121,9 @@ class _Choice:
         if name == "auto":
             name = _FASTEST.get(target.platform, "xla")
             name = name if name not in _KERNELS or kernels_usable(target) else "xla"
+        interpret = name == "pallas_tpu" and target.platform != "tpu"
+        if name in _KERNELS and not interpret and (reason := why_unusable(target, _KERNELS[name])):
+            raise UserError(f"depthwise={name!r} cannot be used, choose 'auto': {reason}")
         module = importlib.import_module(f"mambaout_jax.ops.depthwise.{_MODULES[name]}")
         function = getattr(module, self.function)
-        if name not in _KERNELS:
-            return function
-        if _KERNELS[name] != target.platform:
-            return functools.partial(function, interpret=True)
-        if reason := why_unusable(target):
-            raise UserError(f"depthwise={name!r} cannot be used, choose 'auto': {reason}")
-        return function
+        return functools.partial(function, interpret=True) if interpret else function

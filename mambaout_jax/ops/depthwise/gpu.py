@@ -1,30 +1,25 @@
-"""Depthwise convolution on NVIDIA GPUs: Pallas kernels, and cuDNN's filter gradient for wide maps.
-
-`interpret` runs the kernels in Pallas' interpreter, on any platform.
-"""
+"""Depthwise convolution on NVIDIA GPUs: Triton kernels, cuDNN's filter gradient for wide maps."""
 
 import jax
 
-from mambaout_jax.ops.depthwise import pallas_gpu, xla
+from mambaout_jax.ops.depthwise import triton_kernels, xla
 
 # Up to this width in pixels our filter gradient is faster than cuDNN's; see docs/performance.md.
 _NARROW = 14
 
 
-def forward(x: jax.Array, kernel: jax.Array, *, interpret: bool = False) -> jax.Array:
+def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves x [N, H, W, C] with kernel [k, k, 1, C] of x's dtype, padding k // 2."""
-    return pallas_gpu.convolve(x, kernel, interpret=interpret)
+    return triton_kernels.convolve(x, kernel)
 
 
-def input_gradient(dy: jax.Array, kernel: jax.Array, *, interpret: bool = False) -> jax.Array:
+def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
     """Returns the gradient of x [N, H, W, C] for the result's gradient dy [N, H, W, C]."""
-    return pallas_gpu.convolve(dy, kernel[::-1, ::-1], interpret=interpret)
+    return triton_kernels.convolve(dy, kernel[::-1, ::-1])
 
 
-def filter_gradient(
-    x: jax.Array, dy: jax.Array, *, kernel_size: int, interpret: bool = False
-) -> jax.Array:
+def filter_gradient(x: jax.Array, dy: jax.Array, *, kernel_size: int) -> jax.Array:
     """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
     if x.shape[2] > _NARROW:
         return xla.filter_gradient(x, dy, kernel_size=kernel_size)
-    return pallas_gpu.filter_gradient(x, dy, kernel_size, interpret=interpret)
+    return triton_kernels.filter_gradient(x, dy, kernel_size)

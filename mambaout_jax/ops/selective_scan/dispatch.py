@@ -6,8 +6,8 @@ for each channel on its own, with a state of S numbers and h_0 = 0 (Gu and Dao, 
 Algorithm 2, with B_bar = delta B as its implementation has it).
 
 `scan` is one step after the other. The others keep one state in `CHUNK` steps for the gradient:
-`chunked` in JAX operations, `pallas_gpu` as a kernel. No GPU has run the kernel, so `auto` leaves
-it out.
+`chunked` in JAX operations, `triton` as a kernel. No GPU has run the kernel, so `auto` leaves it
+out.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from mambaout_jax.ops.selective_scan import xla
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts
 
 KERNEL_STATES = 32  # at most, of a channel
-IMPLEMENTATIONS = ("auto", "scan", "chunked", "pallas_gpu")
+IMPLEMENTATIONS = ("auto", "scan", "chunked", "triton")
 
 
 def selective_scan(
@@ -47,9 +47,9 @@ def selective_scan(
         b: [N, L, S].
         c: [N, L, S].
         d: [E].
-        implementation: "scan", "chunked", "pallas_gpu", or "auto": "scan" for sequences of one
-            chunk and "chunked" for longer ones. The kernel takes at most 32 states, cannot be
-            exported, and runs in Pallas' interpreter, slowly, on other platforms than NVIDIA GPUs.
+        implementation: "scan", "chunked", "triton", or "auto": "scan" for sequences of one chunk
+            and "chunked" for longer ones. The kernel runs on NVIDIA GPUs alone, takes at most 32
+            states, and cannot be exported.
 
     Raises:
         UserError: when the shapes do not match, the implementation is unknown or takes fewer
@@ -62,9 +62,9 @@ def selective_scan(
         )
     _check_shapes(x, delta, a, b, c, d)
     states = a.shape[1]
-    if implementation == "pallas_gpu" and states > KERNEL_STATES:
+    if implementation == "triton" and states > KERNEL_STATES:
         raise UserError(
-            f"selective_scan's 'pallas_gpu' takes at most {KERNEL_STATES} states, got {states}"
+            f"selective_scan's 'triton' takes at most {KERNEL_STATES} states, got {states}"
         )
     if implementation == "auto":
         implementation = "scan" if x.shape[1] <= xla.CHUNK else "chunked"
@@ -130,15 +130,9 @@ class _Choice:
     function: str
 
     def __call__(self, target: Target) -> Callable:
-        if self.implementation != "pallas_gpu":
+        if self.implementation != "triton":
             return getattr(xla, self.function)
-        cuda = target.platform == "cuda"
-        module = importlib.import_module("mambaout_jax.ops.selective_scan.pallas_gpu")
-        function = getattr(module, self.function)
-        if not cuda:
-            return functools.partial(function, interpret=True)
-        if reason := why_unusable(target):
-            raise UserError(
-                f"selective_scan's 'pallas_gpu' cannot be used, choose 'auto': {reason}"
-            )
-        return function
+        if reason := why_unusable(target, "cuda"):
+            raise UserError(f"selective_scan's 'triton' cannot be used, choose 'auto': {reason}")
+        module = importlib.import_module("mambaout_jax.ops.selective_scan.triton_kernels")
+        return getattr(module, self.function)

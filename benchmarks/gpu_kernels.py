@@ -1,0 +1,216 @@
+"""Checks the Triton kernels against XLA's operations on one GPU, and times both.
+
+  python benchmarks/gpu_kernels.py
+
+The depthwise convolution, its input gradient and its filter gradient, LayerNorm's gradient with and
+without a shortcut, and the selective scan with its gradients: on the maps of mambaout_tiny at 224
+pixels, which are timed, and on odd shapes, in bfloat16 and float32. The reference is XLA's own
+operation in float32 on the same inputs. An error is the largest difference from it, as a part of
+its largest absolute value; "XLA" is that of XLA's operation in the dtype of the inputs. A kernel
+may be off by float32 sums in another order, and in bfloat16 by one rounding besides. A time, in
+microseconds, is that of one call in a program of several, each with its own arrays: the median of
+several rounds. A failure is printed, the rest is still checked, and the status is 1 at the end.
+"""
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mambaout_jax.ops import norm, norm_triton
+from mambaout_jax.ops.depthwise import triton_kernels, xla
+from mambaout_jax.ops.kernels import why_unusable
+from mambaout_jax.ops.lowering import Target
+from mambaout_jax.ops.selective_scan import triton_kernels as scan_kernels
+from mambaout_jax.ops.selective_scan import xla as scan_xla
+
+_STAGES = ((56, 96), (28, 192), (14, 384), (7, 576))  # side and channels of tiny's maps at 224
+_ODD = ((7, 24), (9, 100), (13, 341), (31, 24))
+_STATES = 16
+_EPSILON = 1e-6
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-7}
+_ROUNDS, _RUNS = 5, 5
+_CALLS = 8  # in a program
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel and XLA's operation, with their arguments, and how often a timed program calls them.
+
+    Programs with none are not timed.
+    """
+
+    name: str
+    kernel: Callable
+    reference: Callable
+    args: tuple[jax.Array, ...]
+    calls: int
+
+
+def draw(seed: int, *shapes: tuple[int, ...], dtype: str) -> list[jax.Array]:
+    """Returns normal arrays."""
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+def depthwise_cases(batch: int, dtype: str) -> Iterator[Case]:
+    """Yields the convolution and its two gradients, for each shape and kernel size."""
+    stages = [((batch, side, side, c), 7, _CALLS) for side, c in _STAGES]
+    odd = [((3, 5, side, c), size, 0) for side, c in _ODD for size in (3, 7, 13)]
+    for shape, size, calls in (*stages, *odd):
+        x, dy, kernel = draw(size, shape, shape, (size, size, 1, shape[-1]), dtype=dtype)
+        name = f"{'x'.join(map(str, shape))} k {size}"
+        pairs = (
+            ("convolution", triton_kernels.convolve, xla.forward, (x, kernel)),
+            (
+                "input gradient",
+                lambda dy, kernel: triton_kernels.convolve(dy, kernel[::-1, ::-1]),
+                xla.input_gradient,
+                (dy, kernel),
+            ),
+            (
+                "filter gradient",
+                functools.partial(triton_kernels.filter_gradient, size=size),
+                functools.partial(xla.filter_gradient, kernel_size=size),
+                (x, dy),
+            ),
+        )
+        for function, ours, theirs, args in pairs:
+            yield Case(f"{function:15} {name}", ours, theirs, args, calls)
+
+
+def norm_cases(batch: int, dtype: str) -> Iterator[Case]:
+    """Yields LayerNorm's gradient, with and without a shortcut, for each shape."""
+    stages = [((batch, side, side, c), _CALLS) for side, c in _STAGES]
+    for shape, calls in (*stages, *(((3, 5, side, c), 0) for side, c in _ODD)):
+        x, dy, shortcut = draw(1, shape, shape, shape, dtype=dtype)
+        (scale,) = draw(2, (shape[-1],), dtype="float32")
+        for name, args in (("norm gradient", ()), ("with shortcut", (shortcut,))):
+            yield Case(
+                f"{name:15} {'x'.join(map(str, shape))}",
+                functools.partial(norm_triton.gradient, epsilon=_EPSILON),
+                functools.partial(norm.xla_gradient, epsilon=_EPSILON),
+                (x, scale, dy, *args),
+                calls,
+            )
+
+
+def scan_cases(batch: int, dtype: str) -> Iterator[Case]:
+    """Yields the scan and its gradients: for the two last stages, and odd shapes."""
+    stages = [(batch, side * side, c, _STATES, 1) for side, c in _STAGES[2:]]
+    odd = [(2, 1, 24, 4, 0), (3, 63, 100, 16, 0), (2, 169, 341, 31, 0)]
+    for n, length, channels, states, calls in (*stages, *odd):
+        tokens, coefficients = (n, length, channels), (n, length, states)
+        x, delta, dy, b, c = draw(
+            length, tokens, tokens, tokens, coefficients, coefficients, dtype=dtype
+        )
+        delta = jax.nn.softplus(delta.astype("float32") - 4).astype(dtype)
+        a = -jnp.broadcast_to(jnp.arange(1.0, 1 + states), (channels, states))
+        (d,) = draw(3, (channels,), dtype="float32")
+        name = f"{n}x{length}x{channels} S {states}"
+        args = (x, delta, a, b, c, d)
+        yield Case(
+            f"{'scan':15} {name}",
+            functools.partial(scan_kernels.forward, keep=True),
+            functools.partial(scan_xla.forward, keep=True),
+            args,
+            calls,
+        )
+        kept = jax.jit(functools.partial(scan_xla.forward, keep=True))(*args)[1]
+        yield Case(
+            f"{'scan gradient':15} {name}",
+            scan_kernels.backward,
+            scan_xla.backward,
+            (*args, kept, dy),
+            calls,
+        )
+
+
+def as_tuple(results) -> tuple[jax.Array, ...]:  # type: ignore[no-untyped-def]
+    """Returns the results of a function that may return one array."""
+    return tuple(results) if isinstance(results, tuple | list) else (results,)
+
+
+@jax.jit
+def relative_error(found: jax.Array, expected: jax.Array) -> jax.Array:
+    """Returns the largest difference, as a part of the largest absolute value expected."""
+    found, expected = (array.astype(jnp.float32) for array in (found, expected))
+    return jnp.abs(found - expected).max() / jnp.maximum(jnp.abs(expected).max(), 1e-30)
+
+
+def largest_error(found: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]) -> float:
+    """Returns the largest of the results' errors; not a number counts as infinite."""
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours.shape != theirs.shape:
+            raise ValueError(f"shape {ours.shape} instead of {theirs.shape}")
+    errors = [float(relative_error(*pair)) for pair in zip(found, expected, strict=True)]
+    return max(np.inf if np.isnan(error) else error for error in errors)
+
+
+def microseconds(function: Callable, args: tuple[jax.Array, ...], calls: int) -> float:
+    """Returns the median time of a call."""
+    copies = [tuple(jnp.copy(arg) for arg in args) for _ in range(calls)]
+    program = jax.jit(lambda copies: [function(*copy) for copy in copies])
+    jax.block_until_ready(program(copies))
+    rounds = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        for _ in range(_RUNS):
+            results = program(copies)
+        jax.block_until_ready(results)
+        rounds.append((time.perf_counter() - started) / (_RUNS * calls))
+    return 1e6 * statistics.median(rounds)
+
+
+def check(case: Case, dtype: str) -> bool:
+    """Prints a row; returns whether the kernel agrees with XLA."""
+    try:
+        wide = [arg.astype(jnp.float32) for arg in case.args]
+        with jax.default_matmul_precision("highest"):
+            expected = as_tuple(jax.jit(case.reference)(*wide))
+        started = time.perf_counter()
+        found = as_tuple(jax.block_until_ready(jax.jit(case.kernel)(*case.args)))
+        first = time.perf_counter() - started
+        error = largest_error(found, expected)
+        theirs = largest_error(as_tuple(jax.jit(case.reference)(*case.args)), expected)
+        agrees = error <= _TOLERANCE[dtype]
+        row = f"error {error:8.1e}, XLA {theirs:8.1e}, first call {first:4.1f} s"
+        if case.calls:
+            pair = case.kernel, case.reference
+            times = (microseconds(function, case.args, case.calls) for function in pair)
+            row += ", {:8,.0f} us, XLA {:8,.0f} us".format(*times)
+    except Exception as error:  # any, so that the other kernels are checked too
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        agrees, row = False, "\n    ".join(line[:200] for line in lines[:6])
+    print(f"{'ok  ' if agrees else 'FAIL'} {dtype:8} {case.name:38} {row}", flush=True)
+    return agrees
+
+
+def main() -> None:
+    """Prints a row for each kernel, shape and dtype."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    cases = {"depthwise": depthwise_cases, "norm": norm_cases, "scan": scan_cases}
+    parser.add_argument("--kernels", nargs="+", default=list(cases), choices=list(cases))
+    args = parser.parse_args()
+    if reason := why_unusable(Target(jax.default_backend().replace("gpu", "cuda"), 1), "cuda"):
+        sys.exit(f"the Triton kernels cannot be used: {reason}")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {args.batch}", flush=True)
+    failed = 0
+    for dtype in args.dtypes:
+        for kernels in args.kernels:
+            failed += sum(not check(case, dtype) for case in cases[kernels](args.batch, dtype))
+    print(f"{failed} failed" if failed else "all agree")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Triton kernels of the depthwise convolution for GPUs.
+
+A tile is [rows, channels] of one column of the maps. The rows of all images follow one another in
+memory, so that a tap is an address offset. A column is read and converted to float32 once, and used
+by every tap that needs it. Each thread keeps the sums of a few channels of a few neighbouring
+columns in registers: a list of tiles, which loops over `tl.static_range` unroll.
+"""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from mambaout_jax.ops.triton_launch import add_at, launch, load, store
+
+_WIDE = 14  # columns that a program sums at once; half as many on narrower maps
+_FILTER_TILE = (8, 64)  # rows of taps, channels
+_FILTER_ROWS = 16  # rows of the maps that a program of the filter gradient sums
+
+
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves x [N, H, W, C] with kernel [k, k, 1, C], padding k // 2."""
+    images, height, width, channels = x.shape
+    rows, lanes = (8, 32) if channels % 32 == 0 else (16, 16)
+    columns = _columns(width)
+    blocks = triton.cdiv(channels, lanes) * triton.cdiv(width, columns)
+    (y,) = launch(
+        depthwise_convolution,
+        x,
+        kernel.astype(jnp.float32),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        grid=(blocks, triton.cdiv(images * height, rows)),
+        num_warps=2,
+        images=images,
+        height=height,
+        width=width,
+        channels=channels,
+        size=kernel.shape[0],
+        rows=rows,
+        lanes=lanes,
+        columns=columns,
+    )
+    return y
+
+
+def filter_gradient(x: jax.Array, dy: jax.Array, size: int) -> jax.Array:
+    """Returns the kernel's gradient, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
+    images, height, width, channels = x.shape
+    tap_rows, lanes = max(_FILTER_TILE[0], triton.next_power_of_2(size)), _FILTER_TILE[1]
+    parts = triton.cdiv(images * height, _FILTER_ROWS)
+    (gradient,) = launch(
+        depthwise_filter_gradient,
+        x,
+        dy,
+        out_shape=[jax.ShapeDtypeStruct((parts, size, tap_rows, channels), jnp.float32)],
+        grid=(triton.cdiv(channels, lanes), parts),
+        num_warps=4,
+        images=images,
+        height=height,
+        width=width,
+        channels=channels,
+        size=size,
+        rows=_FILTER_ROWS,
+        tap_rows=tap_rows,
+        lanes=lanes,
+        columns=_columns(width),
+    )
+    return gradient.sum(0)[:, :size].transpose(1, 0, 2)[:, :, None]
+
+
+def _columns(width: int) -> int:
+    return _WIDE if width >= _WIDE else _WIDE // 2
+
+
+@triton.constexpr_function
+def _inside(index, size):
+    return 0 <= index < size
+
+
+@triton.constexpr_function
+def _is_read(column, columns, width):
+    """Returns whether an input column can lie on the map.
+
+    If one block spans the map, columns outside the map are skipped.
+    """
+    return columns < width or 0 <= column < width
+
+
+@triton.jit
+def _load_column(
+    x_ptr,
+    start,
+    first_column,
+    inside,
+    column: tl.constexpr,
+    columns: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
+):
+    """Loads the tile of an input column; `start` is of the column of the first result."""
+    if columns < width:
+        at = first_column + column
+        inside = inside & (at >= 0) & (at < width)
+    return load(x_ptr + start + column * channels, inside)
+
+
+@triton.jit
+def depthwise_convolution(
+    x_ptr,
+    kernel_ptr,
+    y_ptr,
+    images: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    lanes: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Writes a tile of results for each of a few columns."""
+    edge: tl.constexpr = size // 2
+    tile: tl.constexpr = (rows, lanes)
+    blocks: tl.constexpr = (width + columns - 1) // columns
+    first_column = tl.program_id(0) % blocks * columns
+    row = tl.program_id(1) * rows + tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
+    channel = tl.program_id(0) // blocks * lanes
+    channel += tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
+    exists = (row < images * height) & (channel < channels)
+    start = (row * width + first_column) * channels + channel
+    sums = [tl.zeros(tile, tl.float32)] * columns
+    for i in range(size):
+        input_row = row % height + i - edge
+        inside = exists & (input_row >= 0) & (input_row < height)
+        input_start = start + (i - edge) * width * channels
+        taps = []
+        for j in tl.static_range(size):
+            taps += [load(kernel_ptr + (i * size + j) * channels + channel, exists)]
+        for column in tl.static_range(-edge, columns + edge):
+            if _is_read(column, columns, width):
+                values = _load_column(
+                    x_ptr, input_start, first_column, inside, column, columns, width, channels
+                )
+                for result in tl.static_range(columns):
+                    if _inside(column + edge - result, size):
+                        sums = add_at(sums, result, values * taps[column + edge - result])
+    for column in tl.static_range(columns):
+        mask = exists & (first_column + column < width)
+        store(y_ptr + start + column * channels, sums[column], mask)
+
+
+@triton.jit
+def depthwise_filter_gradient(
+    x_ptr,
+    dy_ptr,
+    gradient_ptr,
+    images: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    tap_rows: tl.constexpr,
+    lanes: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Writes the sums over a few rows of the maps; a tile is [rows of taps, channels]."""
+    edge: tl.constexpr = size // 2
+    tile: tl.constexpr = (tap_rows, lanes)
+    blocks: tl.constexpr = (width + columns - 1) // columns
+    part = tl.program_id(1)
+    tap_row = tl.broadcast_to(tl.arange(0, tap_rows)[:, None], tile)
+    channel = tl.program_id(0) * lanes + tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
+    sums = [tl.zeros(tile, tl.float32)] * size
+    for index in range(rows * blocks):
+        row = part * rows + index // blocks
+        first_column = index % blocks * columns
+        input_row = row % height + tap_row - edge
+        exists = (channel < channels) & (row < images * height)
+        inside = exists & (input_row >= 0) & (input_row < height) & (tap_row < size)
+        start = (row * width + first_column) * channels + channel
+        input_start = start + (tap_row - edge) * width * channels
+        gradients = []
+        for column in tl.static_range(columns):
+            mask = exists & (first_column + column < width)
+            gradients += [load(dy_ptr + start + column * channels, mask)]
+        for column in tl.static_range(-edge, columns + edge):
+            if _is_read(column, columns, width):
+                values = _load_column(
+                    x_ptr, input_start, first_column, inside, column, columns, width, channels
+                )
+                for tap in tl.static_range(size):
+                    if _inside(column + edge - tap, columns):
+                        sums = add_at(sums, tap, values * gradients[column + edge - tap])
+    for tap in tl.static_range(size):
+        place = ((part * size + tap) * tap_rows + tap_row) * channels + channel
+        store(gradient_ptr + place, sums[tap], channel < channels)

@@ -1,0 +1,71 @@
+"""Triton's kernels without a GPU: in Triton's interpreter, and compiled."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+import triton_calls  # noqa: E402
+from triton_calls import depthwise, norm_triton, selective_scan  # noqa: E402
+
+
+def test_kernels_agree_with_float64_in_the_interpreter():
+    pytest.importorskip("torch", reason="torch is not installed")
+    file = Path(__file__).with_name("triton_interpreter.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", str(file)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def array(*shape, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def calls(kernels, side, channels, dtype="bfloat16"):
+    """Returns a function that launches kernels on maps of mambaout_tiny, and its arguments."""
+    x, scale = array(256, side, side, channels, dtype=dtype), array(channels, dtype="float32")
+    if kernels == "convolution":
+        return depthwise.convolve, (x, array(7, 7, 1, channels, dtype=dtype))
+    if kernels == "filter gradient":
+        return partial(depthwise.filter_gradient, size=7), (x, x)
+    if kernels == "norm gradient":
+        return partial(norm_triton.gradient, epsilon=1e-6), (x, scale, x, x)
+    length, states = side * side, 16
+    x, b = array(256, length, channels, dtype=dtype), array(256, length, states, dtype=dtype)
+    args = (x, x, array(channels, states, dtype="float32"), b, b, scale)
+    if kernels == "scan":
+        return partial(selective_scan.forward, keep=True), args
+    kept = array(256, triton.cdiv(length, 16), states, channels, dtype="float32")
+    return selective_scan.backward, (*args, kept, x)
+
+
+KERNELS = ("convolution", "filter gradient", "norm gradient", "scan", "scan gradient")
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_kernels_compile_and_keep_their_sums_in_registers(
+    kernels, capability, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # jax-triton unsets it
+    (call,) = triton_calls.recorded(monkeypatch, *calls(kernels, 14, 384))
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(call.compile(capability).asm["cubin"])
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    command = [cuobjdump, "-res-usage", str(file)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert " REG:" in usage
+    # What does not fit into registers is on the stack, in local memory.
+    assert " STACK:0 " in usage, usage
+    assert " LOCAL:0 " in usage, usage
