@@ -1,12 +1,17 @@
 """Masks of files: the labels at the original size, and what is written."""
 
+import dataclasses
+
 import flax.linen as nn
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_weights
 from PIL import Image
 
+from mambaout_jax.data.preprocess import Preprocessing
 from mambaout_jax.data.segmentation import drawing
 from mambaout_jax.data.segmentation.whole import WholeImages
 from mambaout_jax.errors import UserError
@@ -79,3 +84,20 @@ def test_a_palette_file_and_an_overlay_are_written(predictor, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/a_mask.png cannot be written: "):
         predictor.save(prediction, tmp_path / "file")
+
+
+def test_weights_give_their_own_classes_and_preprocessing():
+    pixels = Preprocessing(size=64, mean=(0.5,) * 3, std=(0.25,) * 3)
+    info = dataclasses.replace(
+        small_weights.INFO, model="upernet_test_mambaout", num_classes=3, preprocessing=pixels
+    )
+    info = dataclasses.replace(info, overrides={**info.overrides, "channels": 8})
+    params = golden.params(info.create_model())
+    found = MaskPredictor.from_weights(params, info)
+    assert found.class_names == ["class 0", "class 1", "class 2"]
+    options = WholeImages(short_side=64, long_side=256, mean=pixels.mean, std=pixels.std)
+    expected = MaskPredictor(info.create_model(), params, found.class_names, options)
+    image = small_weights.image(0)
+    np.testing.assert_array_equal(found.predict_image(image), expected.predict_image(image))
+    with pytest.raises(UserError, match="a network of classification, not of segmentation"):
+        MaskPredictor.from_weights({}, small_weights.INFO)

@@ -223,6 +223,16 @@ def test_the_palette_is_that_of_pascal_voc():
     assert len({tuple(colour) for colour in colours.tolist()}) == 255
 
 
+def test_a_legend_has_the_classes_that_appear():
+    labels = np.array([[2, 2, 0, 255], [2, 2, 0, 4]], np.uint8)
+    entries = drawing.legend(labels, ["sea", "sky", "sand", "rock", "sea"])
+    assert [(entry.name, entry.share) for entry in entries] == [
+        ("sand", 0.5), ("sea", 0.25), ("sea", 0.125),
+    ]  # fmt: skip
+    assert [entry.colour for entry in entries] == [tuple(drawing.palette(5)[k]) for k in (2, 0, 4)]
+    assert drawing.legend(np.full((2, 2), 255, np.uint8), ["sea"]) == []
+
+
 def test_palette_files_keep_the_labels(tmp_path):
     labels = np.array([[0, 1, 255], [2, 3, 4]], np.uint8)
     drawing.palette_image(labels, 5).save(tmp_path / "mask.png")

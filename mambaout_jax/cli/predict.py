@@ -66,19 +66,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _write_masks(args: argparse.Namespace, options: dict[str, Any]) -> int:
     """Writes each image's mask and overlay; returns 1 if an image could not be decoded."""
-    from mambaout_jax.data.segmentation.whole import WholeImages
     from mambaout_jax.inference.mask_predictor import MaskPredictor
     from mambaout_jax.inference.predictor import find_images
-    from mambaout_jax.labels import class_names
     from mambaout_jax.weights.load import read_weights
 
     files = find_images(args.paths)
-    params, info = read_weights(**options)
-    info.check_task("segmentation", "leave out --masks")
-    size, pixels = info.preprocessing.shape[0], info.preprocessing
-    whole = WholeImages(short_side=size, long_side=4 * size, mean=pixels.mean, std=pixels.std)
-    names = class_names(info.class_names, info.num_classes)
-    predictor = MaskPredictor(info.create_model(dtype=args.dtype), params, names, whole)
+    predictor = MaskPredictor.from_weights(*read_weights(**options), dtype=args.dtype)
     failed = 0
     for prediction in predictor.predict_files(files):
         if prediction.error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.inference.heatmap import class_activation_map, overlay
 from mambaout_jax.inference.predictor import Predictor
 from mambaout_jax.models.mambaout import MambaOut
+from mambaout_jax.weights.info import WeightsInfo
 from mambaout_jax.weights.load import read_weights
 
 _SIDE = 320  # pixels, to which smaller images are enlarged by whole factors
@@ -40,16 +42,17 @@ class Explainer:
         device: what it runs on, in words.
     """
 
-    def __init__(self, name_or_path: str | os.PathLike[str]):
-        """Reads the weights.
+    def __init__(self, weights: str | os.PathLike[str] | tuple[dict[str, Any], WeightsInfo]):
+        """Reads the weights, and copies them to the devices.
 
         Args:
-            name_or_path: as in `mambaout_jax.read_weights`.
+            weights: as in `mambaout_jax.read_weights`, or what it returned.
 
         Raises:
             UserError: there are no such weights, or they have no heat map, as a ViT's.
         """
-        self._params, self.info = read_weights(name_or_path)
+        read = weights if isinstance(weights, tuple) else read_weights(weights)
+        self._params, self.info = read
         self._model = self.info.create_model()
         if not isinstance(self._model, MambaOut):
             raise UserError(f"{self.info.model} has no feature maps: expected a MambaOut")

@@ -1,6 +1,6 @@
 """Predicts masks of images with trained weights.
 
-predictor = MaskPredictor(model, params, class_names)
+predictor = MaskPredictor.from_weights(*mambaout_jax.read_weights("runs/ade20k"))
 for prediction in predictor.predict_files(["street.jpg"]):
     predictor.save(prediction, "masks")
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -25,6 +26,8 @@ from mambaout_jax.data.segmentation.resizing import IMAGE_FILL, write_padded
 from mambaout_jax.data.segmentation.whole import WholeImages
 from mambaout_jax.errors import UserError
 from mambaout_jax.inference.evaluate_masks import predict_step
+from mambaout_jax.labels import class_names
+from mambaout_jax.weights.info import WeightsInfo
 
 _AHEAD = 2  # files that are decoded before they are needed
 _MULTIPLE = 128  # of which padded sides are, so that few programs are compiled
@@ -74,6 +77,26 @@ class MaskPredictor:
         self._params = jax.device_put(params)
         step = functools.partial(predict_step, model=model, mean=options.mean, std=options.std)
         self._predict = jax.jit(step, static_argnames="shape")
+
+    @classmethod
+    def from_weights(
+        cls, params: Mapping[str, Any], info: WeightsInfo, *, dtype: Any = jnp.float32
+    ) -> "MaskPredictor":
+        """Returns the predictor of weights, with their classes and preprocessing.
+
+        Args:
+            params: as `mambaout_jax.read_weights` returns them.
+            info: their description.
+            dtype: of the computation.
+
+        Raises:
+            UserError: they are not of a segmentation network.
+        """
+        info.check_task("segmentation", "use Predictor, or leave out --masks")
+        size, pixels = info.preprocessing.shape[0], info.preprocessing
+        whole = WholeImages(short_side=size, long_side=4 * size, mean=pixels.mean, std=pixels.std)
+        names = class_names(info.class_names, info.num_classes)
+        return cls(info.create_model(dtype=dtype), params, names, whole)
 
     def predict_image(self, image: Image.Image) -> np.ndarray:
         """Returns the predicted class of each pixel of an image of mode "RGB", uint8 [H, W]."""

@@ -1,4 +1,7 @@
-"""Masks as a person sees them: palette files, and overlays on images."""
+"""Masks as a person sees them: palette files, overlays on images, and legends."""
+
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -6,6 +9,15 @@ from PIL import Image
 from mambaout_jax.data.segmentation.masks import IGNORED
 
 _OPACITY = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A class of a legend: its name, its colour (R, G, B), and its part of the pixels in [0, 1]."""
+
+    name: str
+    colour: tuple[int, ...]
+    share: float
 
 
 def palette(num_classes: int) -> np.ndarray:
@@ -38,3 +50,17 @@ def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarr
     coloured = np.asarray(palette_image(labels, num_classes).convert("RGB"), np.float32)
     mixed = np.round(image + _OPACITY * (coloured - image)).astype(np.uint8)
     return np.where((labels == IGNORED)[..., None], image, mixed)
+
+
+def legend(labels: np.ndarray, class_names: Sequence[str]) -> list[Entry]:
+    """Returns the classes that appear in labels [H, W], those of the most pixels first.
+
+    IGNORED pixels have no entry, but count among the pixels.
+    """
+    counts = np.bincount(labels.ravel(), minlength=len(class_names))[: len(class_names)]
+    colours = palette(len(class_names)).tolist()
+    return [
+        Entry(class_names[label], tuple(colours[label]), counts[label] / labels.size)
+        for label in np.argsort(-counts, kind="stable").tolist()
+        if counts[label]
+    ]
