@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.ops import selective_scan
+from mambaout_jax.ops import kernels, selective_scan
+from mambaout_jax.ops.selective_scan import pallas_gpu
 from mambaout_jax.ops.selective_scan.xla import CHUNK
 
 ALL = tuple(range(6))
@@ -66,6 +67,27 @@ def test_chunks_equal_the_scan_and_the_loop_in_float64(length):
         expected = (ends[0] - ends[1]) / 2e-6
         found = (np.float64(plain[1 + argument]) * direction).sum()
         assert abs(found - expected) < 2e-4 * max(1, abs(expected))
+
+
+def check_kernel(length, **sizes):
+    args, weight = example(length, **sizes)
+    run = functools.partial(output_and_gradients, in_float32(args), np.float32(weight))
+    for ours, theirs in zip(run("pallas_gpu"), run("scan"), strict=True):
+        scale = max(1, float(jnp.abs(theirs).max()))
+        np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-5)
+
+
+def test_the_kernel_equals_the_scan_in_small_tiles(monkeypatch):
+    # Two chunks, the second in part; two blocks of channels, tiles of states and of tokens.
+    for name, value in {"_TILE": (2, 4), "_CHANNELS": 4, "_STEPS": 2}.items():
+        monkeypatch.setattr(pallas_gpu, name, value)
+    check_kernel(CHUNK + 3, channels=6, state=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "channels", "state"), [(1, 3, 4), (49, 40, 16), (33, 16, 32)])
+def test_the_kernel_equals_the_scan(length, channels, state):
+    check_kernel(length, channels=channels, state=state)
 
 
 def test_auto_is_chunked_for_more_than_one_chunk_and_keeps_no_state_of_each_step():
@@ -132,8 +154,28 @@ def test_bad_arguments():
         selective_scan(*(array[:, :0] if array.ndim == 3 else array for array in args))
     with pytest.raises(UserError, match="unknown implementation 'fast' of selective_scan"):
         selective_scan(*args, implementation="fast")
-    with pytest.raises(UserError, match="'triton' takes at most 32 states, got 33"):
-        selective_scan(*in_float32(example(5, state=33)[0]), implementation="triton")
+    for kernel in ("pallas_gpu", "triton"):
+        with pytest.raises(UserError, match=f"'{kernel}' takes at most 32 states, got 33"):
+            selective_scan(*in_float32(example(5, state=33)[0]), implementation=kernel)
+
+
+@pytest.mark.parametrize(
+    ("length", "state", "capability", "expected"),
+    [(40, 4, (9, 0), True), (16, 4, (9, 0), False), (40, 33, (9, 0), False), (40, 4, None, False)],
+)
+def test_auto_takes_the_kernel_on_a_gpu(length, state, capability, expected, monkeypatch):
+    monkeypatch.setattr(kernels, "compute_capability", lambda: capability)
+    called = []
+    forward = pallas_gpu.forward
+
+    def counted(*args, **options):
+        called.append(options)
+        return forward(*args, interpret=True, **options)  # no GPU here compiles it
+
+    monkeypatch.setattr(pallas_gpu, "forward", counted)
+    args = in_float32(example(length, state=state)[0])
+    jax.jit(selective_scan).trace(*args).lower(lowering_platforms=("cuda",))
+    assert bool(called) == expected
 
 
 def mamba_layer(p, x):

@@ -35,8 +35,11 @@ def kernels_usable(target: Target) -> bool:
     return not reason
 
 
-def why_unusable(target: Target, platform: str) -> str:
-    """Returns why the kernels of "cuda" or "tpu" cannot be used for the target, "" if they can."""
+def why_unusable(target: Target, platform: str, compiler: str = "jax_triton") -> str:
+    """Returns why the kernels of "cuda" or "tpu" cannot be used for the target, "" if they can.
+
+    `compiler` is the module that those of "cuda" need.
+    """
     if target.platform != platform:
         return f"its kernels are for {_CHIPS[platform]}, and this program is for {target.platform}"
     if target.devices > 1:
@@ -44,10 +47,10 @@ def why_unusable(target: Target, platform: str) -> str:
             f"XLA cannot split a kernel over {target.devices} devices; call the model inside "
             "`with jax.set_mesh(mesh):`, or with images that jax.device_put has put on the mesh"
         )
-    return _why_no_triton() if target.platform == "cuda" else ""
+    return _why_no_triton(compiler) if target.platform == "cuda" else ""
 
 
-def _why_no_triton() -> str:
+def _why_no_triton(compiler: str) -> str:
     capability = compute_capability()
     if capability is None:
         return "they are compiled for the GPU of this machine, and JAX finds none"
@@ -55,8 +58,10 @@ def _why_no_triton() -> str:
         least, found = (".".join(map(str, pair)) for pair in (_LEAST_CAPABILITY, capability))
         return f"they need a GPU of compute capability {least} or higher, and this one has {found}"
     try:
-        importlib.import_module("jax_triton")
+        importlib.import_module(compiler)
     except ModuleNotFoundError as error:
+        if compiler.startswith("jax."):
+            return f"jax {jax.__version__} has no {compiler}"
         return f"{error.name} is not installed (pip install 'mambaout_jax[cuda]')"
     except ImportError as error:
         return str(error)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+from jax.export import is_symbolic_dim
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -91,6 +92,8 @@ def _lower(platform: str, ctx: Any, *args: Any, **params: Any) -> Any:
     context = ctx.module_context.axis_context
     devices = context.num_devices if isinstance(context, mlir.ShardingContext) else 1
     function = params["choose"](Target(platform, max(devices, 1)))
+    if any(is_symbolic_dim(size) for aval in ctx.avals_in for size in aval.shape):
+        function = params["reference"]  # of jax.export, for any batch: kernels need numbers
     with jax.default_matmul_precision(params["precision"]):
         return mlir.lower_fun(_as_tuple(function, params["options"]))(ctx, *args)
 

@@ -6,8 +6,8 @@ for each channel on its own, with a state of S numbers and h_0 = 0 (Gu and Dao, 
 Algorithm 2, with B_bar = delta B as its implementation has it).
 
 `scan` is one step after the other. The others keep one state in `CHUNK` steps for the gradient:
-`chunked` in JAX operations, `triton` as a kernel. No GPU has run the kernel, so `auto` leaves it
-out.
+`chunked` in JAX operations, `pallas_gpu` and `triton` as kernels for NVIDIA GPUs. JAX is to remove
+what compiles `pallas_gpu`; `triton`, which replaces it, was not run on a GPU yet.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from mambaout_jax.ops.selective_scan import xla
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts
 
 KERNEL_STATES = 32  # at most, of a channel
-IMPLEMENTATIONS = ("auto", "scan", "chunked", "triton")
+_KERNELS = {"pallas_gpu": "jax.experimental.pallas.triton", "triton": "jax_triton"}  # and compilers
+IMPLEMENTATIONS = ("auto", "scan", "chunked", *_KERNELS)
 
 
 def selective_scan(
@@ -47,9 +48,10 @@ def selective_scan(
         b: [N, L, S].
         c: [N, L, S].
         d: [E].
-        implementation: "scan", "chunked", "triton", or "auto": "scan" for sequences of one chunk
-            and "chunked" for longer ones. The kernel runs on NVIDIA GPUs alone, takes at most 32
-            states, and cannot be exported.
+        implementation: "scan", "chunked", "pallas_gpu", "triton", or "auto": "scan" for sequences
+            of one chunk; for longer ones "pallas_gpu" where it can be used, else "chunked". The
+            kernels take at most 32 states. "triton" runs on NVIDIA GPUs alone, "pallas_gpu" on
+            other platforms in Pallas' interpreter, slowly.
 
     Raises:
         UserError: when the shapes do not match, the implementation is unknown or takes fewer
@@ -62,12 +64,15 @@ def selective_scan(
         )
     _check_shapes(x, delta, a, b, c, d)
     states = a.shape[1]
-    if implementation == "triton" and states > KERNEL_STATES:
+    if implementation in _KERNELS and states > KERNEL_STATES:
         raise UserError(
-            f"selective_scan's 'triton' takes at most {KERNEL_STATES} states, got {states}"
+            f"selective_scan's {implementation!r} takes at most {KERNEL_STATES} states, "
+            f"got {states}"
         )
-    if implementation == "auto":
-        implementation = "scan" if x.shape[1] <= xla.CHUNK else "chunked"
+    if implementation == "auto" and x.shape[1] <= xla.CHUNK:
+        implementation = "scan"
+    elif implementation == "auto" and states > KERNEL_STATES:
+        implementation = "chunked"
     a, d = (on_mesh_of(x, array.astype(jnp.float32)) for array in (a, d))
     if implementation == "scan":
         return xla.scan(x, delta, a, b, c, d).astype(x.dtype)
@@ -130,9 +135,16 @@ class _Choice:
     function: str
 
     def __call__(self, target: Target) -> Callable:
-        if self.implementation != "triton":
+        name = self.implementation
+        if name == "auto":
+            unusable = why_unusable(target, "cuda", _KERNELS["pallas_gpu"])
+            name = "chunked" if unusable else "pallas_gpu"
+        if name == "chunked":
             return getattr(xla, self.function)
-        if reason := why_unusable(target, "cuda"):
-            raise UserError(f"selective_scan's 'triton' cannot be used, choose 'auto': {reason}")
-        module = importlib.import_module("mambaout_jax.ops.selective_scan.triton_kernels")
-        return getattr(module, self.function)
+        interpret = name == "pallas_gpu" and target.platform != "cuda"
+        if not interpret and (reason := why_unusable(target, "cuda", _KERNELS[name])):
+            raise UserError(f"selective_scan's {name!r} cannot be used, choose 'auto': {reason}")
+        file = "triton_kernels" if name == "triton" else name
+        module = importlib.import_module(f"mambaout_jax.ops.selective_scan.{file}")
+        function = getattr(module, self.function)
+        return functools.partial(function, interpret=True) if interpret else function
