@@ -2,14 +2,14 @@
 
   python benchmarks/gpu_kernels.py
 
-The depthwise convolution, its input gradient and its filter gradient, LayerNorm's gradient with and
-without a shortcut, and the selective scan with its gradients: on the maps of mambaout_tiny at 224
-pixels, which are timed, and on odd shapes, in bfloat16 and float32. The reference is XLA's own
-operation in float32 on the same inputs. An error is the largest difference from it, as a part of
-its largest absolute value; "XLA" is that of XLA's operation in the dtype of the inputs. A kernel
-may be off by float32 sums in another order, and in bfloat16 by one rounding besides. A time, in
-microseconds, is that of one call in a program of several, each with its own arrays: the median of
-several rounds. A failure is printed, the rest is still checked, and the status is 1 at the end.
+The depthwise convolution, its input gradient and its filter gradient, and LayerNorm's gradient with
+and without a shortcut: on the maps of mambaout_tiny at 224 pixels, which are timed, and on odd
+shapes, in bfloat16 and float32. The reference is XLA's own operation in float32 on the same inputs.
+An error is the largest difference from it, as a part of its largest absolute value; "XLA" is that
+of XLA's operation in the dtype of the inputs. A kernel may be off by float32 sums in another order,
+and in bfloat16 by one rounding besides. A time, in microseconds, is that of one call in a program
+of several, each with its own arrays: the median of several rounds. A failure is printed, the rest
+is still checked, and the status is 1 at the end.
 """
 
 import argparse
@@ -28,12 +28,9 @@ from mambaout_jax.ops import norm, norm_triton
 from mambaout_jax.ops.depthwise import triton_kernels, xla
 from mambaout_jax.ops.kernels import why_unusable
 from mambaout_jax.ops.lowering import Target
-from mambaout_jax.ops.selective_scan import triton_kernels as scan_kernels
-from mambaout_jax.ops.selective_scan import xla as scan_xla
 
 _STAGES = ((56, 96), (28, 192), (14, 384), (7, 576))  # side and channels of tiny's maps at 224
 _ODD = ((7, 24), (9, 100), (13, 341), (31, 24))
-_STATES = 16
 _EPSILON = 1e-6
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-7}
 _ROUNDS, _RUNS = 5, 5
@@ -102,37 +99,6 @@ def norm_cases(batch: int, dtype: str) -> Iterator[Case]:
             )
 
 
-def scan_cases(batch: int, dtype: str) -> Iterator[Case]:
-    """Yields the scan and its gradients: for the two last stages, and odd shapes."""
-    stages = [(batch, side * side, c, _STATES, 1) for side, c in _STAGES[2:]]
-    odd = [(2, 1, 24, 4, 0), (3, 63, 100, 16, 0), (2, 169, 341, 31, 0)]
-    for n, length, channels, states, calls in (*stages, *odd):
-        tokens, coefficients = (n, length, channels), (n, length, states)
-        x, delta, dy, b, c = draw(
-            length, tokens, tokens, tokens, coefficients, coefficients, dtype=dtype
-        )
-        delta = jax.nn.softplus(delta.astype("float32") - 4).astype(dtype)
-        a = -jnp.broadcast_to(jnp.arange(1.0, 1 + states), (channels, states))
-        (d,) = draw(3, (channels,), dtype="float32")
-        name = f"{n}x{length}x{channels} S {states}"
-        args = (x, delta, a, b, c, d)
-        yield Case(
-            f"{'scan':15} {name}",
-            functools.partial(scan_kernels.forward, keep=True),
-            functools.partial(scan_xla.forward, keep=True),
-            args,
-            calls,
-        )
-        kept = jax.jit(functools.partial(scan_xla.forward, keep=True))(*args)[1]
-        yield Case(
-            f"{'scan gradient':15} {name}",
-            scan_kernels.backward,
-            scan_xla.backward,
-            (*args, kept, dy),
-            calls,
-        )
-
-
 def as_tuple(results) -> tuple[jax.Array, ...]:  # type: ignore[no-untyped-def]
     """Returns the results of a function that may return one array."""
     return tuple(results) if isinstance(results, tuple | list) else (results,)
@@ -198,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    cases = {"depthwise": depthwise_cases, "norm": norm_cases, "scan": scan_cases}
+    cases = {"depthwise": depthwise_cases, "norm": norm_cases}
     parser.add_argument("--kernels", nargs="+", default=list(cases), choices=list(cases))
     args = parser.parse_args()
     if reason := why_unusable(Target(jax.default_backend().replace("gpu", "cuda"), 1), "cuda"):

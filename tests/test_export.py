@@ -1,6 +1,7 @@
 """The exported network runs without this package, at any batch size, with the model's logits."""
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -13,10 +14,12 @@ import small_weights
 from mambaout_jax import load_pretrained
 from mambaout_jax.__main__ import main
 from mambaout_jax.data.preprocess import normalize
+from mambaout_jax.inference.export import export_program
 from mambaout_jax.labels import imagenet_names
 
 pytest.importorskip("flatbuffers", reason="jax.export writes with flatbuffers (extra: export)")
 
+GROUPED = r"feature_group_count = (?!1 )\d+"  # of XLA's depthwise convolutions
 LOADER = """
 import sys
 class Blocked:
@@ -63,6 +66,17 @@ def test_the_logits_without_this_package_are_the_models(weights, exported, tmp_p
         for name, batch in (("arr_0", 1), ("arr_1", 3)):
             assert logits[name].shape == (batch, 1000)
             np.testing.assert_allclose(logits[name], want[:batch], rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_for_cpus_has_their_depthwise_convolution(weights):
+    model, params = load_pretrained(weights)
+    programs = {
+        platform: export_program(model, params, small_weights.INFO, platforms=(platform,))
+        for platform in ("cpu", "tpu")
+    }
+    grouped = {name: re.findall(GROUPED, text.mlir_module()) for name, text in programs.items()}
+    assert not grouped["cpu"]
+    assert grouped["tpu"]
 
 
 def test_what_is_beside_the_network(exported):

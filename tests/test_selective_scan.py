@@ -154,28 +154,46 @@ def test_bad_arguments():
         selective_scan(*(array[:, :0] if array.ndim == 3 else array for array in args))
     with pytest.raises(UserError, match="unknown implementation 'fast' of selective_scan"):
         selective_scan(*args, implementation="fast")
-    for kernel in ("pallas_gpu", "triton"):
-        with pytest.raises(UserError, match=f"'{kernel}' takes at most 32 states, got 33"):
-            selective_scan(*in_float32(example(5, state=33)[0]), implementation=kernel)
+    with pytest.raises(UserError, match="'pallas_gpu' takes at most 32 states, got 33"):
+        selective_scan(*in_float32(example(5, state=33)[0]), implementation="pallas_gpu")
 
 
 @pytest.mark.parametrize(
     ("length", "state", "capability", "expected"),
     [(40, 4, (9, 0), True), (16, 4, (9, 0), False), (40, 33, (9, 0), False), (40, 4, None, False)],
 )
-def test_auto_takes_the_kernel_on_a_gpu(length, state, capability, expected, monkeypatch):
+def test_auto_takes_the_kernel_on_a_gpu(length, state, capability, expected, monkeypatch, caplog):
+    called = kernel_calls(monkeypatch, capability)
+    args = in_float32(example(length, state=state)[0])
+    traced = jax.jit(lambda *args: selective_scan(*args)).trace(*args)  # anew
+    traced.lower(lowering_platforms=("cuda",))
+    assert bool(called) == expected
+    assert ("XLA's slower selective scans" in caplog.text) == (capability is None)
+
+
+def kernel_calls(monkeypatch, capability):
+    """Returns a list that grows with each use of the kernel; no GPU here compiles it."""
     monkeypatch.setattr(kernels, "compute_capability", lambda: capability)
-    called = []
-    forward = pallas_gpu.forward
+    kernels._warn_once.cache_clear()
+    called, forward = [], pallas_gpu.forward
 
     def counted(*args, **options):
         called.append(options)
-        return forward(*args, interpret=True, **options)  # no GPU here compiles it
+        return forward(*args, interpret=True, **options)
 
     monkeypatch.setattr(pallas_gpu, "forward", counted)
-    args = in_float32(example(length, state=state)[0])
-    jax.jit(selective_scan).trace(*args).lower(lowering_platforms=("cuda",))
-    assert bool(called) == expected
+    return called
+
+
+def test_a_program_for_any_batch_takes_no_kernel(monkeypatch):
+    called = kernel_calls(monkeypatch, (9, 0))
+    (n,) = jax.export.symbolic_shape("n")
+    args = [
+        jax.ShapeDtypeStruct((n, *array.shape[1:]) if array.ndim == 3 else array.shape, array.dtype)
+        for array in in_float32(example(40)[0])
+    ]
+    jax.export.export(jax.jit(selective_scan), platforms=["cuda"])(*args)
+    assert not called
 
 
 def mamba_layer(p, x):

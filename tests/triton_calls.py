@@ -9,9 +9,8 @@ import numpy as np
 
 from mambaout_jax.ops import norm_triton
 from mambaout_jax.ops.depthwise import triton_kernels as depthwise
-from mambaout_jax.ops.selective_scan import triton_kernels as selective_scan
 
-MODULES = norm_triton, depthwise, selective_scan
+MODULES = norm_triton, depthwise
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16"}
 
 

@@ -20,28 +20,37 @@ _VMEM = {
     "TPU v6e": 128,
 }
 _LEAST_VMEM = 16
+_COMPILER = "jax_triton"
 _CHIPS = {"cuda": "NVIDIA GPUs", "tpu": "TPUs"}
 _LEAST_CAPABILITY = (8, 0)  # of the GPUs that Triton compiles for
 
 
-def kernels_usable(target: Target) -> bool:
-    """Returns whether the kernels of the target's platform can be used; if not, warns once."""
-    reason = why_unusable(target, target.platform)
+def kernels_usable(
+    target: Target,
+    operations: str = "depthwise convolutions and layer norm gradients",
+    compiler: str = _COMPILER,
+) -> bool:
+    """Returns whether the kernels of the target's platform can be used; if not, warns once.
+
+    The warning names the operations; `compiler` is as in `why_unusable`.
+    """
+    reason = why_unusable(target, target.platform, compiler)
     if reason:
         _warn_once(
-            "using XLA's slower depthwise convolutions and layer norm gradients instead of the "
-            f"{target.platform} kernels: {reason}"
+            f"using XLA's slower {operations} instead of the {target.platform} kernels: {reason}"
         )
     return not reason
 
 
-def why_unusable(target: Target, platform: str, compiler: str = "jax_triton") -> str:
+def why_unusable(target: Target, platform: str, compiler: str = _COMPILER) -> str:
     """Returns why the kernels of "cuda" or "tpu" cannot be used for the target, "" if they can.
 
-    `compiler` is the module that those of "cuda" need.
+    `compiler` is the module that compiles those of "cuda".
     """
     if target.platform != platform:
         return f"its kernels are for {_CHIPS[platform]}, and this program is for {target.platform}"
+    if target.symbolic:
+        return "they are compiled for sizes that are numbers, and this program takes any batch"
     if target.devices > 1:
         return (
             f"XLA cannot split a kernel over {target.devices} devices; call the model inside "

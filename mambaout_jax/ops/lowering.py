@@ -25,10 +25,12 @@ class Target:
         platform: "cpu", "cuda", "rocm", "tpu", or "other".
         devices: how many devices XLA must split the call over; 1 under `shard_map`, where each
             device makes a call of its own.
+        symbolic: whether a size is a symbol of `jax.export`, which stands for any number.
     """
 
     platform: str
     devices: int
+    symbolic: bool = False
 
 
 def call_for_target(
@@ -91,9 +93,8 @@ def _evaluate(*args: jax.Array, **params: Any) -> Any:
 def _lower(platform: str, ctx: Any, *args: Any, **params: Any) -> Any:
     context = ctx.module_context.axis_context
     devices = context.num_devices if isinstance(context, mlir.ShardingContext) else 1
-    function = params["choose"](Target(platform, max(devices, 1)))
-    if any(is_symbolic_dim(size) for aval in ctx.avals_in for size in aval.shape):
-        function = params["reference"]  # of jax.export, for any batch: kernels need numbers
+    symbolic = any(is_symbolic_dim(size) for aval in ctx.avals_in for size in aval.shape)
+    function = params["choose"](Target(platform, max(devices, 1), symbolic))
     with jax.default_matmul_precision(params["precision"]):
         return mlir.lower_fun(_as_tuple(function, params["options"]))(ctx, *args)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from mambaout_jax.ops.triton_launch import add_at, launch, load, store
+from mambaout_jax.ops.triton_launch import launch, load, store
 
 _WIDE = 14  # columns that a program sums at once; half as many on narrower maps
 _FILTER_TILE = (8, 64)  # rows of taps, channels
@@ -105,6 +105,12 @@ def _load_column(
 
 
 @triton.jit
+def _add_at(values, index: tl.constexpr, value):
+    """Returns the list with a value added to one of its tiles."""
+    return values[:index] + [values[index] + value] + values[index + 1 :]
+
+
+@triton.jit
 def depthwise_convolution(
     x_ptr,
     kernel_ptr,
@@ -143,7 +149,7 @@ def depthwise_convolution(
                 )
                 for result in tl.static_range(columns):
                     if _inside(column + edge - result, size):
-                        sums = add_at(sums, result, values * taps[column + edge - result])
+                        sums = _add_at(sums, result, values * taps[column + edge - result])
     for column in tl.static_range(columns):
         mask = exists & (first_column + column < width)
         store(y_ptr + start + column * channels, sums[column], mask)
@@ -191,7 +197,7 @@ def depthwise_filter_gradient(
                 )
                 for tap in tl.static_range(size):
                     if _inside(column + edge - tap, columns):
-                        sums = add_at(sums, tap, values * gradients[column + edge - tap])
+                        sums = _add_at(sums, tap, values * gradients[column + edge - tap])
     for tap in tl.static_range(size):
         place = ((part * size + tap) * tap_rows + tap_row) * channels + channel
         store(gradient_ptr + place, sums[tap], channel < channels)

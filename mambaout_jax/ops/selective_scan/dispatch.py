@@ -6,8 +6,7 @@ for each channel on its own, with a state of S numbers and h_0 = 0 (Gu and Dao, 
 Algorithm 2, with B_bar = delta B as its implementation has it).
 
 `scan` is one step after the other. The others keep one state in `CHUNK` steps for the gradient:
-`chunked` in JAX operations, `pallas_gpu` and `triton` as kernels for NVIDIA GPUs. JAX is to remove
-what compiles `pallas_gpu`; `triton`, which replaces it, was not run on a GPU yet.
+`chunked` in JAX operations, `pallas_gpu` as kernels for NVIDIA GPUs.
 """
 
 import dataclasses
@@ -19,14 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.ops.kernels import why_unusable
+from mambaout_jax.ops.kernels import kernels_usable, why_unusable
 from mambaout_jax.ops.lowering import Target, call_for_target
 from mambaout_jax.ops.selective_scan import xla
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts
 
 KERNEL_STATES = 32  # at most, of a channel
-_KERNELS = {"pallas_gpu": "jax.experimental.pallas.triton", "triton": "jax_triton"}  # and compilers
-IMPLEMENTATIONS = ("auto", "scan", "chunked", *_KERNELS)
+_COMPILER = "jax.experimental.pallas.triton"  # deprecated since jax 0.11
+IMPLEMENTATIONS = ("auto", "scan", "chunked", "pallas_gpu")
 
 
 def selective_scan(
@@ -48,10 +47,10 @@ def selective_scan(
         b: [N, L, S].
         c: [N, L, S].
         d: [E].
-        implementation: "scan", "chunked", "pallas_gpu", "triton", or "auto": "scan" for sequences
-            of one chunk; for longer ones "pallas_gpu" where it can be used, else "chunked". The
-            kernels take at most 32 states. "triton" runs on NVIDIA GPUs alone, "pallas_gpu" on
-            other platforms in Pallas' interpreter, slowly.
+        implementation: "scan", "chunked", "pallas_gpu", or "auto": "scan" for sequences of one
+            chunk; for longer ones "pallas_gpu" on NVIDIA GPUs, and "chunked" elsewhere or, with a
+            warning, where the kernels cannot be used. They take at most 32 states, and run in
+            Pallas' interpreter, slowly, on other platforms than NVIDIA GPUs.
 
     Raises:
         UserError: when the shapes do not match, the implementation is unknown or takes fewer
@@ -64,10 +63,9 @@ def selective_scan(
         )
     _check_shapes(x, delta, a, b, c, d)
     states = a.shape[1]
-    if implementation in _KERNELS and states > KERNEL_STATES:
+    if implementation == "pallas_gpu" and states > KERNEL_STATES:
         raise UserError(
-            f"selective_scan's {implementation!r} takes at most {KERNEL_STATES} states, "
-            f"got {states}"
+            f"selective_scan's 'pallas_gpu' takes at most {KERNEL_STATES} states, got {states}"
         )
     if implementation == "auto" and x.shape[1] <= xla.CHUNK:
         implementation = "scan"
@@ -135,16 +133,14 @@ class _Choice:
     function: str
 
     def __call__(self, target: Target) -> Callable:
-        name = self.implementation
+        name, cuda = self.implementation, target.platform == "cuda"
         if name == "auto":
-            unusable = why_unusable(target, "cuda", _KERNELS["pallas_gpu"])
-            name = "chunked" if unusable else "pallas_gpu"
+            usable = cuda and kernels_usable(target, "selective scans", _COMPILER)
+            name = "pallas_gpu" if usable else "chunked"
         if name == "chunked":
             return getattr(xla, self.function)
-        interpret = name == "pallas_gpu" and target.platform != "cuda"
-        if not interpret and (reason := why_unusable(target, "cuda", _KERNELS[name])):
+        if cuda and (reason := why_unusable(target, "cuda", _COMPILER)):
             raise UserError(f"selective_scan's {name!r} cannot be used, choose 'auto': {reason}")
-        file = "triton_kernels" if name == "triton" else name
-        module = importlib.import_module(f"mambaout_jax.ops.selective_scan.{file}")
+        module = importlib.import_module("mambaout_jax.ops.selective_scan.pallas_gpu")
         function = getattr(module, self.function)
-        return functools.partial(function, interpret=True) if interpret else function
+        return function if cuda else functools.partial(function, interpret=True)
