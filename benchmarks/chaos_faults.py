@@ -92,7 +92,7 @@ def fill_disk(run: Run, random_: random.Random) -> None:
 
     def fill() -> None:
         with filler.open("ab", buffering=0) as file:
-            while not process or process.poll() is None:  # run.process will be the next one
+            while not process or process.poll() is None:  # run.process changes
                 for size in (1 << 20, 1 << 12, 1):
                     with contextlib.suppress(OSError):
                         while file.write(bytes(size)) == size:

@@ -25,7 +25,7 @@ def labels(params: Any) -> dict[str, str]:
 
 
 def freeze(make_optimizer: Any) -> Any:
-    """Returns a `make_optimizer` whose optimizers change the backbone by nothing."""
+    """Returns a `make_optimizer` whose optimizers leave the backbone as it is."""
 
     def make(*args: Any, **keys: Any) -> optax.GradientTransformation:
         parts = {"trained": make_optimizer(*args, **keys), "kept": optax.set_to_zero()}

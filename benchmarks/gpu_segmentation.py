@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from gpu_step import print_rates, run_side
+from gpu_step import peak_memory, print_rates, run_side
 
 _SIZE = 512  # pixels
 _CLASSES = 150
@@ -70,11 +70,7 @@ def ours(batch: int) -> tuple[Callable[[], None], Callable, Callable[[], int]]:
     def train() -> None:
         state[0], _ = step(state[0], inputs, key)
 
-    def peak() -> int:
-        memory = jax.local_devices()[0].memory_stats() or {}  # a CPU tells nothing
-        return memory.get("peak_bytes_in_use", 0)
-
-    return train, lambda: state[0].step.block_until_ready(), peak
+    return train, lambda: state[0].step.block_until_ready(), peak_memory
 
 
 def theirs(batch: int) -> tuple[Callable[[], None], Callable, Callable[[], int]]:

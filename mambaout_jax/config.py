@@ -299,8 +299,7 @@ def overlay(config: ConfigDict, record: Mapping[str, Any], keep: Collection[str]
     for key, value in record.items():
         if key in known and key not in keep:
             value = tuple(value) if isinstance(value, list) else value
-            if isinstance(value, str):
-                value = _RENAMED_VALUES.get((key, value), value)
+            value = _RENAMED_VALUES.get((key, value), value)
             config.update_from_flattened_dict({key: value})
 
 
