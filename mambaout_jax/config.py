@@ -73,7 +73,7 @@ ADDED_KEYS: dict[str, Any] = {
     "eval.stride": 0,
 }
 # Values of older runs, and what they are called now.
-_RENAMED_VALUES = {("model.depthwise", "pallas_gpu"): "triton"}
+_RENAMED_VALUES: dict[tuple[str, Any], Any] = {("model.depthwise", "pallas_gpu"): "triton"}
 # Keys that one task does not read, and the value that they have with it.
 UNREAD: dict[str, dict[str, Any]] = {
     "segmentation": {
