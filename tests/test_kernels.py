@@ -15,7 +15,8 @@ from mambaout_jax.ops.lowering import Target, call_for_target
 
 NO_TRITON = """
 import json, logging, os, sys
-sys.modules["triton"] = sys.modules["jax_triton"] = None  # import raises ModuleNotFoundError
+for name in ("triton", "jax_triton", "jax.experimental.pallas.triton"):
+    sys.modules[name] = None  # import raises ModuleNotFoundError
 os.environ["JAX_PLATFORMS"] = "cpu"
 logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
 import jax, jax.numpy as jnp

@@ -1,6 +1,7 @@
 """The selective scan: against a loop in float64, and against the Mamba layer of transformers."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,15 @@ def kernel_calls(monkeypatch, capability):
 
     monkeypatch.setattr(pallas_gpu, "forward", counted)
     return called
+
+
+def test_auto_does_without_pallas_back_end(monkeypatch, caplog):
+    called = kernel_calls(monkeypatch, (9, 0))
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    traced = jax.jit(lambda *args: selective_scan(*args)).trace(*in_float32(example(40)[0]))
+    traced.lower(lowering_platforms=("cuda",))
+    assert not called
+    assert "has no jax.experimental.pallas.triton" in caplog.text
 
 
 def test_a_program_for_any_batch_takes_no_kernel(monkeypatch):
