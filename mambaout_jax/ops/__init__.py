@@ -1,9 +1,10 @@
 """The network's operations: those that XLA alone does not make fast."""
 
 from mambaout_jax.ops.activations import activate, gate_product
-from mambaout_jax.ops.dense import dense, merge_dense, split_dense
+from mambaout_jax.ops.dense import dense, merge_dense, split_dense, split_weights
 from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
 from mambaout_jax.ops.gated_block.dispatch import gated_block, gated_block_vmem
+from mambaout_jax.ops.gated_conv.dispatch import gated_conv
 from mambaout_jax.ops.norm import layer_norm
 from mambaout_jax.ops.selective_scan.dispatch import selective_scan
 from mambaout_jax.ops.weighted import weighted
@@ -15,9 +16,11 @@ __all__ = [
     "gate_product",
     "gated_block",
     "gated_block_vmem",
+    "gated_conv",
     "layer_norm",
     "merge_dense",
     "selective_scan",
     "split_dense",
+    "split_weights",
     "weighted",
 ]
