@@ -37,8 +37,9 @@ def compile_programs(
 ) -> Programs:
     """Compiles the training step, and the other programs in another thread meanwhile.
 
-    That thread starts when the training step is lowered, which compiles our GPU kernels in Python:
-    two threads at once would take turns, and compile those of the forward pass twice.
+    That thread starts when the training step is lowered, which compiles our GPU kernels in Python.
+    Two threads at once would take turns, compile those of the forward pass twice, and on Python
+    3.11 may fail: `ast.parse` is not safe there in two threads.
 
     Args:
         run: its model, optimizer, recipe and mesh.
