@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -170,6 +172,21 @@ def test_a_batch_is_sent_before_the_step_ahead_of_it(tmp_path, monkeypatch):
     keys = {"schedule.duration": "4 steps", "schedule.warmup": "1 steps"}
     small_run.train(small_config(**keys), tmp_path / "run")
     assert events == ["send", "send", "step", "send", "step", "send", "step", "step"]
+
+
+def test_the_time_of_a_step_begins_when_the_profiler_has_started(tmp_path, monkeypatch):
+    events = []
+
+    def counter():
+        events.append("clock")
+        return time.perf_counter()
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=counter))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: events.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
+    keys = {"schedule.duration": "4 steps", "schedule.warmup": "1 steps", "profile": "1 steps"}
+    small_run.train(small_config(**keys), tmp_path / "run")
+    assert events == ["clock", "clock", "start", "clock", "stop", "clock"]
 
 
 @pytest.mark.slow

@@ -200,9 +200,9 @@ def train_loop(run: Run, position: Position, programs: Programs, session: Sessio
                     batch = next_batch(run, session)
                     inputs = {name: batch[name] for name in ("image", "label")}
                     sent.append(global_batch(inputs, run.mesh))
-            start = time.perf_counter()
             step = position.step + 1
             with profiler.step(step):
+                start = time.perf_counter()
                 position.state, metrics = programs.train_step(position.state, sent.popleft())
             position.step = step
             clock.dispatched(start, metrics["loss"])
