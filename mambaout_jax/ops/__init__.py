@@ -5,6 +5,7 @@ from mambaout_jax.ops.dense import dense, merge_dense, split_dense
 from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
 from mambaout_jax.ops.gated_block.dispatch import gated_block, gated_block_vmem
 from mambaout_jax.ops.norm import layer_norm
+from mambaout_jax.ops.patches import image_conv
 from mambaout_jax.ops.selective_scan.dispatch import selective_scan
 from mambaout_jax.ops.weighted import weighted
 
@@ -15,6 +16,7 @@ __all__ = [
     "gate_product",
     "gated_block",
     "gated_block_vmem",
+    "image_conv",
     "layer_norm",
     "merge_dense",
     "selective_scan",
