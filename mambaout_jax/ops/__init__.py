@@ -1,6 +1,7 @@
 """The network's operations: those that XLA alone does not make fast."""
 
 from mambaout_jax.ops.activations import activate, gate_product
+from mambaout_jax.ops.cpu_loop import few_images
 from mambaout_jax.ops.dense import dense, merge_dense, split_dense
 from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
 from mambaout_jax.ops.gated_block.dispatch import gated_block, gated_block_vmem
@@ -13,6 +14,7 @@ __all__ = [
     "activate",
     "dense",
     "depthwise_conv2d",
+    "few_images",
     "gate_product",
     "gated_block",
     "gated_block_vmem",

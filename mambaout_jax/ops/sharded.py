@@ -58,6 +58,12 @@ def on_parts(function: Callable, split: Sequence[bool], split_results: Sequence[
     return call
 
 
+def on_one_device(x: jax.Array) -> bool:
+    """Returns whether x and its results lie on no mesh, or on one of a single device."""
+    mesh = _find_mesh((x,))
+    return mesh.empty or (mesh.size == 1 and not _names(mesh, AxisType.Explicit, AxisType.Manual))
+
+
 def _find_mesh(args: Sequence[jax.Array]) -> AbstractMesh:
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(arg).sharding.mesh for arg in args)]
     return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
