@@ -1,6 +1,6 @@
 """A network on a CPU, a few images at a time.
 
-The maps of a whole batch do not fit in a CPU's caches, and writing and reading them takes a third
+The maps of a whole batch do not fit in a CPU's caches, and writing and reading them takes a quarter
 of the time of a small network. Here a loop computes one image for each core at a time.
 """
 
