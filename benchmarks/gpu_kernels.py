@@ -2,14 +2,15 @@
 
   python benchmarks/gpu_kernels.py
 
-The depthwise convolution, its input gradient and its filter gradient, and LayerNorm's gradient with
-and without a shortcut: on the maps of mambaout_tiny at 224 pixels, which are timed, and on odd
-shapes, in bfloat16 and float32. The reference is XLA's own operation in float32 on the same inputs.
-An error is the largest difference from it, as a part of its largest absolute value; "XLA" is that
-of XLA's operation in the dtype of the inputs. A kernel may be off by float32 sums in another order,
-and in bfloat16 by one rounding besides. A time, in microseconds, is that of one call in a program
-of several, each with its own arrays: the median of several rounds. A failure is printed, the rest
-is still checked, and the status is 1 at the end.
+The depthwise convolution, its input gradient and its filter gradient, the block's convolution and
+gate and their gradients, and LayerNorm's gradient with and without a shortcut: on the maps of
+mambaout_tiny at 224 pixels, which are timed, and on odd shapes, in bfloat16 and float32. The
+reference is XLA's own operation in float32 on the same inputs. An error is the largest difference
+from it, as a part of its largest absolute value; "XLA" is that of XLA's operation in the dtype of
+the inputs. A kernel may be off by float32 sums in another order, and in bfloat16 by one rounding
+besides. A time, in microseconds, is that of one call in a program of several, each with its own
+arrays: the median of several rounds. A failure is printed, the rest is still checked, and the
+status is 1 at the end.
 """
 
 import argparse
@@ -26,6 +27,8 @@ import numpy as np
 
 from mambaout_jax.ops import norm, norm_triton
 from mambaout_jax.ops.depthwise import triton_kernels, xla
+from mambaout_jax.ops.gated_conv import gpu as gated_conv
+from mambaout_jax.ops.gated_conv import xla as gated_conv_xla
 from mambaout_jax.ops.kernels import why_unusable
 from mambaout_jax.ops.lowering import Target
 
@@ -81,6 +84,23 @@ def depthwise_cases(batch: int, dtype: str) -> Iterator[Case]:
         )
         for function, ours, theirs, args in pairs:
             yield Case(f"{function:15} {name}", ours, theirs, args, calls)
+
+
+def gate_cases(batch: int, dtype: str) -> Iterator[Case]:
+    """Yields the convolution and the gate, and their gradients, for each shape."""
+    stages = [((batch, side, side, c), _CALLS // 2) for side, c in _STAGES]
+    for (*maps, conv), calls in (*stages, *(((3, 5, side, c), 0) for side, c in _ODD)):
+        hidden = int(8 / 3 * conv)
+        x, convolved, dy = draw(1, (*maps, 2 * hidden), (*maps, conv), (*maps, hidden), dtype=dtype)
+        weights = draw(2, (2 * hidden,), (7, 7, 1, conv), (conv,), dtype=dtype)
+        for function, args in (("forward", ()), ("backward", (convolved, dy))):
+            yield Case(
+                f"gate {function:10} {'x'.join(map(str, (*maps, conv)))}",
+                functools.partial(getattr(gated_conv, function), act="gelu"),
+                functools.partial(getattr(gated_conv_xla, function), act="gelu"),
+                (x, *weights, *args),
+                calls,
+            )
 
 
 def norm_cases(batch: int, dtype: str) -> Iterator[Case]:
@@ -164,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    cases = {"depthwise": depthwise_cases, "norm": norm_cases}
+    cases = {"depthwise": depthwise_cases, "gate": gate_cases, "norm": norm_cases}
     parser.add_argument("--kernels", nargs="+", default=list(cases), choices=list(cases))
     args = parser.parse_args()
     if reason := why_unusable(Target(jax.default_backend().replace("gpu", "cuda"), 1), "cuda"):

@@ -7,7 +7,9 @@ model's stages at 224 pixels. "forward" is the scan, "gradient" the scan and all
 There are two floors. That of memory: each input read once and each output written once by the scan,
 and again by its gradient, at the bandwidth of the card. That of the exponentials, one for each
 token, channel and state, in the scan and again in its gradient, which computes the states again: 16
-a cycle and multiprocessor. Median of several rounds; MiB are the memory of the gradient.
+a cycle and multiprocessor. Median of several rounds; MiB are the memory of the gradient. "error" is
+the largest of y and the gradients, the norm of the difference over the norm, from `scan` of the
+same inputs in float32; it is that of a few images, and of an odd shape at the end.
 """
 
 import argparse
@@ -24,6 +26,8 @@ from mambaout_jax.ops import selective_scan
 
 _STATE = 16
 _ROUNDS, _CALLS = 5, 10
+_CHECKED = 4  # images
+_ODD = (3, 37, 100)  # images, tokens and channels
 
 
 def arguments(n: int, length: int, channels: int) -> tuple[jax.Array, ...]:
@@ -67,7 +71,41 @@ def measure(implementation: str, args: tuple[jax.Array, ...]) -> str:
     forward, both = (
         1e6 * seconds(*call) for call in ((jax.jit(scan), args[:-1]), (gradient, args))
     )
-    return f"forward {forward:10,.0f} µs, gradient {both:10,.0f} µs, {peak / 2**20:8,.0f} MiB"
+    return (
+        f"forward {forward:10,.0f} µs, gradient {both:10,.0f} µs, {peak / 2**20:8,.0f} MiB, "
+        f"error {error(implementation, args):.1e}, in float32 "
+        f"{error(implementation, in_float32(args)):.1e}"
+    )
+
+
+def output_and_gradients(implementation: str, args: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """Returns y, and the gradients of all inputs."""
+
+    @jax.jit
+    def both(*args: jax.Array):  # type: ignore[no-untyped-def]
+        scan = functools.partial(selective_scan, implementation=implementation)
+        y, transpose = jax.vjp(scan, *args[:-1])
+        return y, *transpose(args[-1])
+
+    return [array.astype(jnp.float32) for array in both(*args)]
+
+
+def in_float32(args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Returns the arrays in float32."""
+    return tuple(array.astype(jnp.float32) for array in args)
+
+
+def error(implementation: str, args: tuple[jax.Array, ...]) -> float:
+    """Returns the largest error of y and the gradients; not a number counts as infinite."""
+    x, delta, a, b, c, d, dy = args
+    x, delta, b, c, dy = (array[:_CHECKED] for array in (x, delta, b, c, dy))
+    args = (x, delta, a, b, c, d, dy)
+    expected = output_and_gradients("scan", in_float32(args))
+    errors = [
+        float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs))
+        for ours, theirs in zip(output_and_gradients(implementation, args), expected, strict=True)
+    ]
+    return max(np.inf if np.isnan(error) else error for error in errors)
 
 
 def floors(args: tuple[jax.Array, ...], bandwidth: float, exponentials: float) -> list[str]:
@@ -100,9 +138,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {args.batch}")
-    for stage in args.stages:
-        length, channels = (56 // 2**stage) ** 2, find_variant(args.model).widths[stage]
-        arrays = arguments(args.batch, length, channels)
+    widths = find_variant(args.model).widths
+    shapes = [(args.batch, (56 // 2**stage) ** 2, widths[stage]) for stage in args.stages]
+    for n, length, channels in (*shapes, _ODD):
+        arrays = arguments(n, length, channels)
         print(f"L {length}, E {channels}; floors:")
         for row in floors(arrays, 1e6 * args.bandwidth, 1e6 * args.exponentials):
             print(f"  {row}", flush=True)

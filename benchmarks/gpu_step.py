@@ -62,6 +62,7 @@ def ours(
 
     import mambaout_jax
     from mambaout_jax.models import ssm
+    from mambaout_jax.models.mambaout import on_device
     from mambaout_jax.runtime.compilation import compiler_options
     from mambaout_jax.training.optimizer import decay_mask
     from mambaout_jax.training.state import init_params, init_state
@@ -76,6 +77,7 @@ def ours(
         token_mixer=token_mixer,
         drop_path_rate=_DROP_PATH[model],
     )
+    network = on_device(network, jax.devices()[0])
 
     shapes = jax.eval_shape(functools.partial(init_params, model=network, size=(_SIZE, _SIZE)), key)
     random = np.random.default_rng(0)

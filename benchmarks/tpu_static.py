@@ -65,19 +65,23 @@ def main() -> None:
     parser.add_argument("--model", default="mambaout_tiny")
     parser.add_argument("--topology", default="v5e:2x2", help="as libtpu names it: v4:2x2x1, …")
     parser.add_argument("--batch", type=int, default=128, help="images a chip")
+    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--depthwise", default="auto", help="as config.model.depthwise")
     parser.add_argument("--token_mixer", default="conv", help="as config.model.token_mixer")
     args = parser.parse_args()
     config = default.get_config()
     config.model.name, config.model.depthwise = args.model, args.depthwise
-    config.model.token_mixer = args.token_mixer
+    config.model.token_mixer, config.data.image_size = args.token_mixer, args.size
     try:
         config.batch_size = config.eval.batch_size = args.batch * count_chips(args.topology)
         load_compiler()
         plan = make_plan(config, args.topology, examples=1_281_167)
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"{args.model}, {args.token_mixer}, depthwise {args.depthwise}, {args.topology}")
+    print(
+        f"{args.model}, {args.token_mixer}, depthwise {args.depthwise}, {args.topology}, "
+        f"{args.batch} images of {args.size} pixels a chip"
+    )
     report(plan)
 
 

@@ -12,7 +12,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton_calls  # noqa: E402
-from triton_calls import depthwise, norm_triton  # noqa: E402
+from triton_calls import depthwise, gate_triton, norm_triton  # noqa: E402
 
 
 def test_kernels_agree_with_float64_in_the_interpreter():
@@ -28,6 +28,16 @@ def test_kernels_agree_with_float64_in_the_interpreter():
     assert done.returncode == 0, done.stdout
 
 
+KERNELS = (
+    "convolution",
+    "filter gradient",
+    "convolution from",
+    "convolution into",
+    "gate gradient",
+    "norm gradient",
+)
+
+
 def array(*shape, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -39,11 +49,22 @@ def calls(kernels, side, channels, dtype="bfloat16"):
         return depthwise.convolve, (x, array(7, 7, 1, channels, dtype=dtype))
     if kernels == "filter gradient":
         return partial(depthwise.filter_gradient, size=7), (x, x)
+    hidden = array(256, side, side, 8 * channels // 3, dtype=dtype)
+    wide, bias = (
+        array(*sizes, 16 * channels // 3, dtype=dtype) for sizes in ((256, side, side), ())
+    )
+    if kernels == "convolution from":
+        taps, conv_bias = array(7, 7, 1, channels, dtype=dtype), array(channels, dtype=dtype)
+        return depthwise.convolve_from, (wide, bias, taps, conv_bias)
+    if kernels == "convolution into":
+        return depthwise.convolve_into, (x, array(7, 7, 1, channels, dtype=dtype), wide)
+    if kernels == "gate gradient":
+        return partial(gate_triton.gate_gradient, act="gelu"), (wide, bias, x, hidden)
     return partial(norm_triton.gradient, epsilon=1e-6), (x, scale, x, x)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
-@pytest.mark.parametrize("kernels", ["convolution", "filter gradient", "norm gradient"])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_kernels_compile_and_keep_their_sums_in_registers(
     kernels, capability, monkeypatch, tmp_path
 ):

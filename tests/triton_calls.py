@@ -9,8 +9,9 @@ import numpy as np
 
 from mambaout_jax.ops import norm_triton
 from mambaout_jax.ops.depthwise import triton_kernels as depthwise
+from mambaout_jax.ops.gated_conv import gate_triton
 
-MODULES = norm_triton, depthwise
+MODULES = norm_triton, depthwise, gate_triton
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16"}
 
 
@@ -44,8 +45,8 @@ def recorded(monkeypatch, function, args) -> list[Call]:
     """Returns the kernels that a function of arrays of these shapes would launch."""
     calls = []
 
-    def launch(kernel, *arrays, out_shape, grid, num_warps, **constants):
-        del grid
+    def launch(kernel, *arrays, out_shape, grid, num_warps, written=None, **constants):
+        del grid, written
         pointers = tuple(_TYPES[array.dtype.name] for array in (*arrays, *out_shape))
         calls.append(Call(kernel, pointers, num_warps, constants))
         return [jnp.zeros(shape.shape, shape.dtype) for shape in out_shape]
@@ -56,7 +57,7 @@ def recorded(monkeypatch, function, args) -> list[Call]:
     return calls
 
 
-def interpret(kernel, *arrays, out_shape, grid, num_warps, **constants):
+def interpret(kernel, *arrays, out_shape, grid, num_warps, written=None, **constants):
     """As `launch`, in Triton's interpreter, on concrete arrays."""
     import torch
 
@@ -67,6 +68,8 @@ def interpret(kernel, *arrays, out_shape, grid, num_warps, **constants):
         torch.full(shape.shape, torch.nan, dtype=getattr(torch, shape.dtype.name))
         for shape in out_shape
     ]
+    for number, result in (written or {}).items():
+        results[result] = inputs[number]
     kernel[grid](*inputs, *results, **constants)
     return [
         jnp.asarray(result.float().numpy(), shape.dtype)

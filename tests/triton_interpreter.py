@@ -3,6 +3,9 @@
 The interpreter is chosen by TRITON_INTERPRET=1 before triton is imported.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from triton_calls import MODULES, interpret
 
 from mambaout_jax.ops import norm_triton
 from mambaout_jax.ops.depthwise import gpu
+from mambaout_jax.ops.depthwise import xla as xla_depthwise
+from mambaout_jax.ops.gated_conv import gpu as gated_conv
 
 MAPS = st.tuples(*[st.integers(1, high) for high in (2, 5, 16, 20)])
 # Of a bfloat16 result, as in `test_depthwise`: the interpreter cuts its last digits off.
@@ -66,3 +71,46 @@ def test_layer_norm_gradients(shape):
 
 def test_layer_norm_gradients_in_bfloat16_are_rounded_once():
     check_bfloat16_gradients_are_rounded_once(norm_triton.gradient, tolerance=CUT)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    shape=MAPS,
+    identity=st.integers(0, 70),
+    size=st.sampled_from([1, 3, 7]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    act=st.sampled_from(["gelu", "silu"]),
+    seed=st.integers(0, 99),
+)
+def test_gated_convolution_agrees_with_float64(shape, identity, size, dtype, act, seed):
+    *maps, conv = shape
+    random = np.random.default_rng(seed)
+    hidden = identity + conv
+    x, bias, taps, conv_bias, dy = (
+        jnp.asarray(random.standard_normal(sizes), dtype)
+        for sizes in ((*maps, 2 * hidden), 2 * hidden, (size, size, 1, conv), conv, (*maps, hidden))
+    )
+    y, convolved = gated_conv.forward(x, bias, taps, conv_bias, act=act)
+    gradients = gated_conv.backward(x, bias, taps, conv_bias, convolved, dy, act=act)
+    with jax.enable_x64(True):
+        args = [np.asarray(array, np.float64) for array in (x, bias, taps, conv_bias)]
+        expected, pull = jax.vjp(functools.partial(gated_convolution, act), *args)
+        expected = expected, *pull(jnp.asarray(dy, jnp.float64))
+    tolerance = 2 * TOLERANCE[jnp.float32] if dtype == jnp.float32 else 2 * CUT
+    for found, wanted in zip((y, *gradients), expected, strict=True):
+        assert_close(found, np.asarray(wanted), tolerance)
+
+
+def gated_convolution(act, x, bias, taps, conv_bias):
+    """Computes `gated_conv` in float64."""
+
+    def wide(vector):
+        return vector.reshape(1, 1, 1, -1)
+
+    hidden, conv = x.shape[-1] // 2, taps.shape[-1]
+    gate, identity, convolved = jnp.split(x + wide(bias), (hidden, 2 * hidden - conv), axis=-1)
+    value = jnp.concatenate(
+        (identity, xla_depthwise.forward(convolved, taps) + wide(conv_bias)), -1
+    )
+    activation = jax.nn.silu if act == "silu" else functools.partial(jax.nn.gelu, approximate=False)
+    return activation(gate) * value

@@ -46,6 +46,8 @@ from mambaout_jax.ops import (
     gate_product,
     gated_block,
     gated_block_vmem,
+    gated_conv,
+    split_weights,
     weighted,
 )
 from mambaout_jax.ops.kernels import vmem
@@ -92,7 +94,8 @@ class GatedCNNBlock(nn.Module):
     With an SSM after the convolution it is Mamba's block; `models.mixers` has the token mixers.
     `layer_scale` is the initial value of the factor on each channel of the branch; None for none.
     Blocks whose token mixer is the convolution, in bfloat16, are computed by `ops.gated_block`
-    where its kernels need at most `fused_vmem` MiB of a TPU's vector memory; 0 for none.
+    where its kernels need at most `fused_vmem` MiB of a TPU's vector memory; 0 for none. With
+    `fused_gate`, `ops.gated_conv` computes the convolution and the gate.
     """
 
     expansion_ratio: float = 8 / 3
@@ -104,6 +107,7 @@ class GatedCNNBlock(nn.Module):
     token_mixer: str = TOKEN_MIXER
     kernel_size: int = KERNEL_SIZE
     fused_vmem: int = 0
+    fused_gate: bool = False
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -120,9 +124,12 @@ class GatedCNNBlock(nn.Module):
         if fusable and gated_block_vmem(width, hidden) <= self.fused_vmem * 2**20:
             return self._fused(x, hidden, conv, drop_path)
         shortcut, x = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
-        g, i, c = SplitDense(hidden, conv, **types(self), name="fc1")(x)
-        c = self._mix(c, rank=-(-width // 16))
-        x = gate_product(self.act, g, i, c)  # act(g) * concatenate(i, c)
+        if self.fused_gate and self.token_mixer == TOKEN_MIXER:
+            x = self._gated(x, hidden, conv)
+        else:
+            g, i, c = SplitDense(hidden, conv, **types(self), name="fc1")(x)
+            c = self._mix(c, rank=-(-width // 16))
+            x = gate_product(self.act, g, i, c)  # act(g) * concatenate(i, c)
         x = MergeDense(width, hidden, conv, **types(self), name="fc2")(x)
         if self.layer_scale is not None:
             init = nn.initializers.constant(self.layer_scale)
@@ -152,6 +159,13 @@ class GatedCNNBlock(nn.Module):
             depthwise=self.depthwise,
             gradient_dtype=self.gradient_dtype,
         )
+
+    def _gated(self, x: jax.Array, hidden: int, conv: int) -> jax.Array:
+        kernel, bias = Weights((x.shape[-1], 2 * hidden), name="fc1")()
+        taps = Weights((self.kernel_size, self.kernel_size, 1, conv), name="conv")()
+        kernel, bias = split_weights(kernel, bias, conv)
+        x = weighted(jnp.matmul, self.gradient_dtype, x.astype(self.dtype), kernel)
+        return gated_conv(self.act, self.gradient_dtype, x, (bias, *taps))
 
     def _mix(self, x: jax.Array, rank: int) -> jax.Array:
         if self.token_mixer == "none":
@@ -221,8 +235,8 @@ class MambaOut(nn.Module):
     `depthwise` names the implementation of the depthwise convolutions, see
     `mambaout_jax.ops.depthwise_conv2d`. `token_mixer` is one mixer, or one a stage with commas, see
     `models.mixers`; `kernel_size` is that of their convolutions. `remat` computes each block again
-    in the backward pass, to save memory. `fused_vmem` is that of `GatedCNNBlock`; `on_device` sets
-    it.
+    in the backward pass, to save memory. `fused_vmem` and `fused_gate` are those of
+    `GatedCNNBlock`; `on_device` sets them.
 
     Raises:
         UserError: when the images are not [N, H, W, 3] with H and W of at least 32 pixels, or the
@@ -243,6 +257,7 @@ class MambaOut(nn.Module):
     token_mixer: str = TOKEN_MIXER
     kernel_size: int = KERNEL_SIZE
     fused_vmem: int = 0
+    fused_gate: bool = False
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -267,6 +282,7 @@ class MambaOut(nn.Module):
                     token_mixer=mixers[index],
                     kernel_size=self.kernel_size,
                     fused_vmem=self.fused_vmem,
+                    fused_gate=self.fused_gate,
                     **types(self),
                 )
                 for j in range(depth)
@@ -405,10 +421,11 @@ def create_model(
 def on_device(model: Any, device: jax.Device) -> Any:
     """Returns the model for programs that run on devices of this kind.
 
-    On TPUs its blocks are fused where `depthwise` is "auto". The parameters are the same, and the
-    results differ by the rounding of bfloat16.
+    On TPUs its blocks are fused, and on NVIDIA GPUs their convolutions and gates, where `depthwise`
+    is "auto". The parameters are the same, and the results differ by rounding.
     """
-    fusable = getattr(model, "depthwise", None) == "auto" and hasattr(model, "fused_vmem")
-    if device.platform != "tpu" or not fusable:
+    if getattr(model, "depthwise", None) != "auto" or not hasattr(model, "fused_vmem"):
         return model
-    return model.clone(fused_vmem=vmem(device.device_kind))
+    if device.platform == "tpu":
+        return model.clone(fused_vmem=vmem(device.device_kind))
+    return model.clone(fused_gate=device.platform == "gpu")

@@ -29,7 +29,7 @@ def _silu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 # Coefficients of the even polynomial p with tanh(x p(x)) near erf(x / sqrt(2)) for |x| up to 4: the
 # largest relative error of GELU between -3 and 4 was minimised.
-_TANH_COEFFICIENTS = (
+TANH_COEFFICIENTS = (
     -3.612359474602948e-08,
     1.9641147131864386e-06,
     -3.550292307797506e-05,
@@ -46,7 +46,7 @@ def _near_gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     square = jnp.minimum(x * x, 16.0)
     polynomial = jnp.zeros_like(x)
-    for coefficient in _TANH_COEFFICIENTS:
+    for coefficient in TANH_COEFFICIENTS:
         polynomial = polynomial * square + coefficient
     cumulative = 0.5 + 0.5 * jnp.tanh(x * polynomial)
     density = jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)

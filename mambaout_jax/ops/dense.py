@@ -44,16 +44,22 @@ def split_dense(
         The gate [..., H + P], the identity's channels [..., H - conv + P] and the convolution's
         [..., conv]; P of the channels are zero.
     """
+    kernel, bias = split_weights(kernel, bias, conv)
+    hidden = bias.shape[0] // 2
+    y = dense(x, kernel, bias, gradient_dtype)
+    gate, identity, convolved = jnp.split(y, (hidden, 2 * hidden - conv), axis=-1)
+    return gate, identity, convolved
+
+
+def split_weights(kernel: jax.Array, bias: jax.Array, conv: int) -> tuple[jax.Array, jax.Array]:
+    """Returns `split_dense`'s kernel [I, 2 (H + P)] and bias, padded with zeros."""
     hidden = bias.shape[0] // 2
     padding = -(hidden - conv) % _MULTIPLE
     if padding:
         for place in (2 * hidden - conv, hidden - conv):
             kernel = _insert_zeros(kernel, place, padding, axis=1)
             bias = _insert_zeros(bias, place, padding, axis=0)
-    places = (hidden + padding, 2 * (hidden + padding) - conv)
-    y = dense(x, kernel, bias, gradient_dtype)
-    gate, identity, convolved = jnp.split(y, places, axis=-1)
-    return gate, identity, convolved
+    return kernel, bias
 
 
 def merge_dense(

@@ -60,7 +60,11 @@ def _backward(epsilon, dtype, residuals, gradients):
     if isinstance(dy, SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)
     shortcuts = () if isinstance(shortcut, SymbolicZero) else (shortcut,)
-    gradient = functools.partial(call_for_target, _choose_gradient, xla_gradient, epsilon=epsilon)
+    gradient: Callable = functools.partial(xla_gradient, epsilon=epsilon)
+    if x.ndim > 2:  # for vectors, as in the head, a kernel compiles longer than it saves
+        gradient = functools.partial(
+            call_for_target, _choose_gradient, xla_gradient, epsilon=epsilon
+        )
     split = (True, False, True, *(True for _ in shortcuts))
     return on_parts(gradient, split, (True, False, False))(x, scale, dy, *shortcuts)
 

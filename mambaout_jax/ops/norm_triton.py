@@ -8,7 +8,7 @@ import triton.language as tl
 from mambaout_jax.ops.triton_launch import launch, load, store
 
 _PROGRAMS = 1056  # eight for each multiprocessor of an H200
-_TILE = 2048  # elements
+_TILE = 1024  # elements
 
 
 def gradient(

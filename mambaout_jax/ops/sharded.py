@@ -64,6 +64,16 @@ def on_one_device(x: jax.Array) -> bool:
     return mesh.empty or (mesh.size == 1 and not _names(mesh, AxisType.Explicit, AxisType.Manual))
 
 
+def summed_in(dtype: Any, maps: int, function: Callable) -> Callable:
+    """Returns the function with its results after the first `maps`, sums over devices, in dtype."""
+
+    def call(*args: jax.Array) -> tuple[jax.Array, ...]:
+        results = function(*args)
+        return (*results[:maps], *(result.astype(dtype) for result in results[maps:]))
+
+    return call
+
+
 def _find_mesh(args: Sequence[jax.Array]) -> AbstractMesh:
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(arg).sharding.mesh for arg in args)]
     return next((mesh for mesh in meshes if not mesh.empty), meshes[0])

@@ -19,7 +19,8 @@ def launch(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     num_warps: int,
-    **constants: int | float,
+    written: dict[int, int] | None = None,
+    **constants: int | float | str,
 ) -> list[jax.Array]:
     """Runs a kernel in each program of a grid; `jax.vmap` of it is a loop.
 
@@ -29,6 +30,7 @@ def launch(
         out_shape: shapes and dtypes of the results.
         grid: numbers of programs.
         num_warps: of a program.
+        written: arrays that become results, by number: what the kernel does not write remains.
         **constants: known when the kernel is compiled.
 
     Returns:
@@ -41,6 +43,8 @@ def launch(
         options = {"out_type": list(out_shape), "backend_options": {"enable_fp_fusion": True}}
     else:  # before jax-triton 0.4
         options = {"out_shape": list(out_shape), "enable_fp_fusion": True}
+    if written:
+        options["input_output_aliases"] = written
     capability = compute_capability()
 
     @sequential_vmap

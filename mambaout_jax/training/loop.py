@@ -85,9 +85,9 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
         if jax.process_index() == 0:
             import_in_background()
         with clock.of(goodput.COMPILE):
-            programs = compile_programs(run, target, train_key)
+            programs = compile_programs(run, target, train_key, init_key, position is not None)
         if position is None:
-            position = first_position(run, init_key, shardings)
+            position = first_position(run, init_key, programs)
         session = open_session(run, position, workdir, manager, clock, stop, stack)
         stop.saves = True
         train_loop(run, position, programs, session)
@@ -123,7 +123,7 @@ def newest_position(
     return Position(step, state, losses, rows, data.get("evaluated", True))
 
 
-def first_position(run: Run, init_key: jax.Array, shardings: TrainState) -> Position:
+def first_position(run: Run, init_key: jax.Array, programs: Programs) -> Position:
     """Returns the position before the first step.
 
     Raises:
@@ -134,8 +134,7 @@ def first_position(run: Run, init_key: jax.Array, shardings: TrainState) -> Posi
         params, report = initial_params(run.init_from, run.model, init_key)
         logger.info("%s", report)
     run.batches.restore(run.batches.state() | {"step": 0})
-    state = jax.jit(run.initial_state, out_shardings=shardings)(init_key, params)
-    return Position(0, state, LossMeter(run.max_bad_steps), [])
+    return Position(0, programs.initial_state(params), LossMeter(run.max_bad_steps), [])
 
 
 def open_session(

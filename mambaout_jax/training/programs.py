@@ -22,21 +22,31 @@ from mambaout_jax.training.step import compile_train_step
 class Programs:
     """The compiled steps: of a state and a batch, and of parameters and a batch.
 
-    `pictures` are those that each evaluation predicts, if any.
+    `initial_state` returns the state of the parameters to start from, None for new ones. `pictures`
+    are those that each evaluation predicts, if any.
     """
 
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., dict[str, jax.Array]]
+    initial_state: Callable[[Any], TrainState]
     pictures: Pictures | None
 
 
-def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
-    """Compiles the training step, and the evaluation step in another thread meanwhile.
+def compile_programs(
+    run: Run, target: TrainState, key: jax.Array, init_key: jax.Array, resumed: bool
+) -> Programs:
+    """Compiles the training step, and the other programs in another thread meanwhile.
+
+    That thread starts when the training step is lowered, which compiles our GPU kernels in Python.
+    Two threads at once would take turns, compile those of the forward pass twice, and on Python
+    3.11 may fail: `ast.parse` is not safe there in two threads.
 
     Args:
         run: its model, optimizer, recipe and mesh.
         target: shapes and shardings of the state.
         key: of the training steps.
+        init_key: of new parameters.
+        resumed: whether the state is read from a checkpoint.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     train_step = compile_train_step(
@@ -52,18 +62,28 @@ def compile_programs(run: Run, target: TrainState, key: jax.Array) -> Programs:
         batch = abstract_batch(run.eval_batch_size, run.preprocessing.shape, run.mesh)
         return eval_step.lower(target.eval_params, batch).compile()
 
-    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
-    evaluation = pool.submit(compile_evaluation)
-    pool.shutdown(wait=False)
+    def compile_initial_state() -> Callable[..., TrainState]:
+        initial_state = jax.jit(run.initial_state, out_shardings=shardings)
+        if resumed or run.init_from:
+            return initial_state
+        return initial_state.lower(init_key, None).compile()
+
     batch = abstract_batch(run.batch_size, run.image_size, run.mesh, run.task.dense)
     del batch["mask"]
     # On each device before the first step, so that no step moves them.
     rest = (np.asarray(jax.random.key_data(key)), *([run.teacher.params] if run.teacher else ()))
     rest = jax.device_put(rest, NamedSharding(run.mesh, P()))
-    compiled = train_step.lower(target, batch, *rest).compile()
+    lowered = train_step.lower(target, batch, *rest)
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
+    first = pool.submit(compile_initial_state)
+    evaluation = pool.submit(compile_evaluation)
+    pool.shutdown(wait=False)
+    compiled = lowered.compile()
+
     return Programs(
         lambda state, batch: compiled(state, batch, *rest),
         lambda *arguments: evaluation.result()(*arguments),
+        lambda params: first.result()(init_key, params),
         open_pictures(run, shardings.params),
     )
 

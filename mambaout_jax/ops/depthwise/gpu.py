@@ -1,11 +1,12 @@
-"""Depthwise convolution on NVIDIA GPUs: Triton kernels, cuDNN's filter gradient for wide maps."""
+"""Depthwise convolution on NVIDIA GPUs: Triton kernels, and for some maps cuDNN."""
 
 import jax
+import jax.numpy as jnp
 
 from mambaout_jax.ops.depthwise import triton_kernels, xla
 
-# Up to this width in pixels our filter gradient is faster than cuDNN's; see docs/performance.md.
-_NARROW = 14
+_NARROW = 14  # pixels
+_LANES = 64  # channels that a program of our filter gradient sums
 
 
 def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -19,7 +20,12 @@ def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def filter_gradient(x: jax.Array, dy: jax.Array, *, kernel_size: int) -> jax.Array:
-    """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
-    if x.shape[2] > _NARROW:
+    """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C].
+
+    On wide maps in bfloat16 whose channels leave lanes of our kernel idle, cuDNN's is faster. On
+    others it takes several times as long, and in float32 it computes in TF32; see
+    docs/performance.md.
+    """
+    if x.dtype == jnp.bfloat16 and x.shape[2] > _NARROW and x.shape[3] % _LANES:
         return xla.filter_gradient(x, dy, kernel_size=kernel_size)
     return triton_kernels.filter_gradient(x, dy, kernel_size)

@@ -6,6 +6,9 @@ by every tap that needs it. Each thread keeps the sums of a few channels of a fe
 columns in registers: a list of tiles, which loops over `tl.static_range` unroll.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -20,27 +23,92 @@ _FILTER_ROWS = 16  # rows of the maps that a program of the filter gradient sums
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves x [N, H, W, C] with kernel [k, k, 1, C], padding k // 2."""
-    images, height, width, channels = x.shape
-    rows, lanes = (8, 32) if channels % 32 == 0 else (16, 16)
-    columns = _columns(width)
-    blocks = triton.cdiv(channels, lanes) * triton.cdiv(width, columns)
+    tiles = _Tiles.of(x.shape, kernel)
     (y,) = launch(
         depthwise_convolution,
         x,
         kernel.astype(jnp.float32),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
-        grid=(blocks, triton.cdiv(images * height, rows)),
+        grid=tiles.grid,
         num_warps=2,
-        images=images,
-        height=height,
-        width=width,
-        channels=channels,
-        size=kernel.shape[0],
-        rows=rows,
-        lanes=lanes,
-        columns=columns,
+        **tiles.constants,
     )
     return y
+
+
+def convolve_from(
+    x: jax.Array, bias: jax.Array, kernel: jax.Array, conv_bias: jax.Array
+) -> jax.Array:
+    """Convolves the last C channels of x [N, H, W, P] with kernel [k, k, 1, C], [N, H, W, C].
+
+    `bias` [P] is added to x, and `conv_bias` [C] to the result.
+    """
+    *maps, pitch = x.shape
+    shape = (*maps, kernel.shape[-1])
+    tiles = _Tiles.of(shape, kernel)
+    (y,) = launch(
+        convolution_from,
+        x,
+        bias,
+        kernel.astype(jnp.float32),
+        conv_bias,
+        out_shape=[jax.ShapeDtypeStruct(shape, x.dtype)],
+        grid=tiles.grid,
+        num_warps=2,
+        pitch=pitch,
+        **tiles.constants,
+    )
+    return y
+
+
+def convolve_into(x: jax.Array, kernel: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns y [N, H, W, O] with x's convolution in its last C channels, and the sums of these.
+
+    The sums are float32 [C], over all pixels.
+    """
+    tiles = _Tiles.of(x.shape, kernel)
+    parts = tiles.grid[1] * triton.cdiv(x.shape[2], tiles.constants["columns"])
+    y, sums = launch(
+        convolution_into,
+        x,
+        kernel.astype(jnp.float32),
+        y,
+        out_shape=[
+            jax.ShapeDtypeStruct(y.shape, y.dtype),
+            jax.ShapeDtypeStruct((parts, x.shape[-1]), jnp.float32),
+        ],
+        grid=tiles.grid,
+        num_warps=2,
+        written={2: 0},
+        pitch=y.shape[-1],
+        **tiles.constants,
+    )
+    return y, sums.sum(0)
+
+
+class _Tiles(NamedTuple):
+    """The grid of a convolution's programs, and the constants of each."""
+
+    grid: tuple[int, int]
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(cls, shape: Sequence[int], kernel: jax.Array) -> "_Tiles":
+        images, height, width, channels = shape
+        rows, lanes = (8, 32) if channels % 32 == 0 else (16, 16)
+        columns = _columns(width)
+        blocks = triton.cdiv(channels, lanes) * triton.cdiv(width, columns)
+        constants = {
+            "images": images,
+            "height": height,
+            "width": width,
+            "channels": channels,
+            "size": kernel.shape[0],
+            "rows": rows,
+            "lanes": lanes,
+            "columns": columns,
+        }
+        return cls((blocks, triton.cdiv(images * height, rows)), constants)
 
 
 def filter_gradient(x: jax.Array, dy: jax.Array, size: int) -> jax.Array:
@@ -95,19 +163,92 @@ def _load_column(
     column: tl.constexpr,
     columns: tl.constexpr,
     width: tl.constexpr,
-    channels: tl.constexpr,
+    pitch: tl.constexpr,
+    bias,
 ):
-    """Loads the tile of an input column; `start` is of the column of the first result."""
+    """Loads the tile of an input column; `start` is of the column of the first result.
+
+    `pitch` is the distance of pixels in x, and `bias` is added on the map, unless it is None.
+    """
     if columns < width:
         at = first_column + column
         inside = inside & (at >= 0) & (at < width)
-    return load(x_ptr + start + column * channels, inside)
+    values = load(x_ptr + start + column * pitch, inside)
+    if bias is not None:
+        values = tl.where(inside, values + bias, 0)
+    return values
 
 
 @triton.jit
 def _add_at(values, index: tl.constexpr, value):
     """Returns the list with a value added to one of its tiles."""
     return values[:index] + [values[index] + value] + values[index + 1 :]
+
+
+@triton.jit
+def _place(
+    images: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
+    rows: tl.constexpr,
+    lanes: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Returns what a program computes.
+
+    These are its first row of the maps, and column, and tiles of: rows after the first, channels,
+    and whether they exist.
+    """
+    tile: tl.constexpr = (rows, lanes)
+    blocks: tl.constexpr = (width + columns - 1) // columns
+    first_column = tl.program_id(0) % blocks * columns
+    first_row = tl.program_id(1).to(tl.int64) * rows
+    row = tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
+    channel = tl.program_id(0) // blocks * lanes
+    channel += tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
+    exists = (row < images * height - first_row) & (channel < channels)
+    return first_row, first_column, row, channel, exists
+
+
+@triton.jit
+def _convolved_columns(
+    x_ptr,
+    kernel_ptr,
+    bias,
+    first_row,
+    first_column,
+    row,
+    channel,
+    exists,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
+    pitch: tl.constexpr,
+    size: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Returns a list with a tile of float32 results for each of a few columns."""
+    edge: tl.constexpr = size // 2
+    x_ptr += (first_row * width + first_column) * pitch
+    map_row = ((first_row % height).to(tl.int32) + row) % height
+    sums = [tl.zeros(row.shape, tl.float32)] * columns
+    for i in range(size):
+        input_row = map_row + i - edge
+        inside = exists & (input_row >= 0) & (input_row < height)
+        start = (row + i - edge) * (width * pitch) + channel
+        taps = []
+        for j in tl.static_range(size):
+            taps += [load(kernel_ptr + (i * size + j) * channels + channel, exists)]
+        for column in tl.static_range(-edge, columns + edge):
+            if _is_read(column, columns, width):
+                values = _load_column(
+                    x_ptr, start, first_column, inside, column, columns, width, pitch, bias
+                )
+                for result in tl.static_range(columns):
+                    if _inside(column + edge - result, size):
+                        sums = _add_at(sums, result, values * taps[column + edge - result])
+    return sums
 
 
 @triton.jit
@@ -125,34 +266,122 @@ def depthwise_convolution(
     columns: tl.constexpr,
 ):
     """Writes a tile of results for each of a few columns."""
-    edge: tl.constexpr = size // 2
-    tile: tl.constexpr = (rows, lanes)
-    blocks: tl.constexpr = (width + columns - 1) // columns
-    first_column = tl.program_id(0) % blocks * columns
-    row = tl.program_id(1) * rows + tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
-    channel = tl.program_id(0) // blocks * lanes
-    channel += tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
-    exists = (row < images * height) & (channel < channels)
-    start = (row * width + first_column) * channels + channel
-    sums = [tl.zeros(tile, tl.float32)] * columns
-    for i in range(size):
-        input_row = row % height + i - edge
-        inside = exists & (input_row >= 0) & (input_row < height)
-        input_start = start + (i - edge) * width * channels
-        taps = []
-        for j in tl.static_range(size):
-            taps += [load(kernel_ptr + (i * size + j) * channels + channel, exists)]
-        for column in tl.static_range(-edge, columns + edge):
-            if _is_read(column, columns, width):
-                values = _load_column(
-                    x_ptr, input_start, first_column, inside, column, columns, width, channels
-                )
-                for result in tl.static_range(columns):
-                    if _inside(column + edge - result, size):
-                        sums = _add_at(sums, result, values * taps[column + edge - result])
+    first_row, first_column, row, channel, exists = _place(
+        images, height, width, channels, rows, lanes, columns
+    )
+    sums = _convolved_columns(
+        x_ptr,
+        kernel_ptr,
+        None,
+        first_row,
+        first_column,
+        row,
+        channel,
+        exists,
+        height,
+        width,
+        channels,
+        channels,
+        size,
+        columns,
+    )
+    y_ptr += (first_row * width + first_column) * channels
     for column in tl.static_range(columns):
         mask = exists & (first_column + column < width)
-        store(y_ptr + start + column * channels, sums[column], mask)
+        store(y_ptr + row * (width * channels) + channel + column * channels, sums[column], mask)
+
+
+@triton.jit
+def convolution_from(
+    x_ptr,
+    bias_ptr,
+    kernel_ptr,
+    conv_bias_ptr,
+    y_ptr,
+    images: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
+    pitch: tl.constexpr,
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    lanes: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Writes the convolution of x's last channels and their bias, and adds its own."""
+    first_row, first_column, row, channel, exists = _place(
+        images, height, width, channels, rows, lanes, columns
+    )
+    sums = _convolved_columns(
+        x_ptr + (pitch - channels),
+        kernel_ptr,
+        load(bias_ptr + (pitch - channels) + channel, channel < channels),
+        first_row,
+        first_column,
+        row,
+        channel,
+        exists,
+        height,
+        width,
+        channels,
+        pitch,
+        size,
+        columns,
+    )
+    bias = load(conv_bias_ptr + channel, channel < channels)
+    y_ptr += (first_row * width + first_column) * channels
+    for column in tl.static_range(columns):
+        mask = exists & (first_column + column < width)
+        store(y_ptr + (row * width + column) * channels + channel, sums[column] + bias, mask)
+
+
+@triton.jit
+def convolution_into(
+    x_ptr,
+    kernel_ptr,
+    before_ptr,
+    y_ptr,
+    sums_ptr,
+    images: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
+    pitch: tl.constexpr,
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    lanes: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Writes the last channels of y, which `before_ptr` is too, and their sums over the tiles."""
+    blocks: tl.constexpr = (width + columns - 1) // columns
+    first_row, first_column, row, channel, exists = _place(
+        images, height, width, channels, rows, lanes, columns
+    )
+    sums = _convolved_columns(
+        x_ptr,
+        kernel_ptr,
+        None,
+        first_row,
+        first_column,
+        row,
+        channel,
+        exists,
+        height,
+        width,
+        channels,
+        channels,
+        size,
+        columns,
+    )
+    y_ptr += (first_row * width + first_column) * pitch + (pitch - channels)
+    total = tl.zeros(row.shape, tl.float32)
+    for column in tl.static_range(columns):
+        mask = exists & (first_column + column < width)
+        store(y_ptr + (row * width + column) * pitch + channel, sums[column], mask)
+        total += tl.where(mask, sums[column], 0)
+    lane = tl.program_id(0) // blocks * lanes + tl.arange(0, lanes)
+    part = tl.program_id(1) * blocks + tl.program_id(0) % blocks
+    store(sums_ptr + part * channels + lane, tl.sum(total, axis=0), lane < channels)
 
 
 @triton.jit
@@ -193,7 +422,7 @@ def depthwise_filter_gradient(
         for column in tl.static_range(-edge, columns + edge):
             if _is_read(column, columns, width):
                 values = _load_column(
-                    x_ptr, input_start, first_column, inside, column, columns, width, channels
+                    x_ptr, input_start, first_column, inside, column, columns, width, channels, None
                 )
                 for tap in tl.static_range(size):
                     if _inside(column + edge - tap, columns):

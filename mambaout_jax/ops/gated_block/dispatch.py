@@ -23,7 +23,7 @@ from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
 from mambaout_jax.ops.gated_block import xla
 from mambaout_jax.ops.kernels import kernels_usable
 from mambaout_jax.ops.lowering import Target, call_for_target
-from mambaout_jax.ops.sharded import on_mesh_of, on_parts
+from mambaout_jax.ops.sharded import on_mesh_of, on_parts, summed_in
 
 _LANES = 128
 _OTHER_VMEM = 9 * 2**20  # of `pallas_tpu`: blocks of maps, and temporaries
@@ -145,7 +145,7 @@ def _norm_dense_forward(gradient_dtype, x, kernel, bias):
 
 def _norm_dense_backward(gradient_dtype, residuals, gradients):
     x, kernel, bias = residuals
-    call = _summed_in(gradient_dtype, 1, _for_target("norm_dense_gradient"))
+    call = summed_in(gradient_dtype, 1, _for_target("norm_dense_gradient"))
     split, results = (True, True, True, False, False), (True, False, False)
     args = (x, *gradients, kernel.astype(x.dtype), bias)
     dx, dkernel, dbias = on_parts(call, split, results)(*args)
@@ -193,7 +193,7 @@ def _gated_backward(act, gradient_dtype, residuals, dy):
     split = (True, True, True, True, *[False] * len(weights))
     results = (True, True, *[False] * len(weights))
     args = (x, conv, dy, scale, *_rounded(weights, x.dtype))
-    call = _summed_in(gradient_dtype, 2, call)
+    call = summed_in(gradient_dtype, 2, call)
     dx, dconv, *gradients = on_parts(call, split, results)(*args)
     gradients = tuple(gradient.astype(jnp.float32) for gradient in gradients)
     return dx, dconv, jnp.zeros_like(scale), gradients
@@ -205,16 +205,6 @@ gated_residual.defvjp(_gated_forward, _gated_backward)
 def _rounded(weights: tuple[jax.Array, ...], dtype: Any) -> tuple[jax.Array, ...]:
     """Rounds the kernels, and not the biases."""
     return tuple(array.astype(dtype) if array.ndim > 1 else array for array in weights)
-
-
-def _summed_in(dtype: Any, maps: int, function: Callable) -> Callable:
-    """Returns the function with its results after the first `maps`, sums over devices, in dtype."""
-
-    def call(*args: jax.Array) -> tuple[jax.Array, ...]:
-        results = function(*args)
-        return (*results[:maps], *(result.astype(dtype) for result in results[maps:]))
-
-    return call
 
 
 def _for_target(name: str, **options: str) -> Callable:

@@ -1,0 +1,1 @@
+"""The Gated CNN block's convolution and gate; `dispatch` has the function for the network."""

@@ -1,0 +1,75 @@
+"""The Gated CNN block between its dense layers: convolution and gate in one operation, for GPUs.
+
+The first dense layer's result has three parts: the gate, the identity's channels, and those of the
+convolution. Left to XLA, the convolution's are copied, and its result and the gradients of all
+three are read again for the gate and for the sums of the biases' gradients. Here kernels read and
+write them in place; docs/performance.md has the figures. Elsewhere than on NVIDIA GPUs, or where
+the kernels cannot be used, these are JAX operations.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mambaout_jax.ops.gated_conv import xla
+from mambaout_jax.ops.kernels import kernels_usable
+from mambaout_jax.ops.lowering import Target, call_for_target
+from mambaout_jax.ops.sharded import on_mesh_of, on_parts, summed_in
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def gated_conv(
+    act: str, gradient_dtype: Any, x: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array]
+) -> jax.Array:
+    """Returns act(gate) * concatenate(identity, convolution), [N, H, W, I + O], in x's dtype.
+
+    Reverse-mode differentiation only.
+
+    Args:
+        act: "gelu" (exact) or "silu".
+        gradient_dtype: in which the weights' gradients are summed over devices.
+        x: [N, H, W, 2 (I + O)], bfloat16 or float32: the gate, I channels of the identity, and O
+            of the convolution, without their bias.
+        weights: float32: x's bias [2 (I + O)], and the convolution's kernel [k, k, 1, O] and bias
+            [O]. They are rounded to x's dtype.
+    """
+    return _forward(act, gradient_dtype, x, weights)[0]
+
+
+def _forward(act, gradient_dtype, x, weights):  # type: ignore[no-untyped-def]
+    rounded = tuple(on_mesh_of(x, weight).astype(x.dtype) for weight in weights)
+    call = _for_target("forward", act)
+    y, convolved = on_parts(call, (True, False, False, False), (True, True))(x, *rounded)
+    return y, (x, rounded, convolved)
+
+
+def _backward(act, gradient_dtype, residuals, dy):  # type: ignore[no-untyped-def]
+    x, rounded, convolved = residuals
+    call = summed_in(gradient_dtype, 1, _for_target("backward", act))
+    split, results = (True, False, False, False, True, True), (True, False, False, False)
+    dx, *gradients = on_parts(call, split, results)(x, *rounded, convolved, dy)
+    return dx, tuple(gradient.astype(jnp.float32) for gradient in gradients)
+
+
+gated_conv.defvjp(_forward, _backward)
+
+
+def _for_target(name: str, act: str) -> Callable:
+    """Returns the function of that name, of the module that is chosen when it is lowered."""
+    return functools.partial(call_for_target, _Choice(name), getattr(xla, name), act=act)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    function: str
+
+    def __call__(self, target: Target) -> Callable:
+        if target.platform != "cuda" or not kernels_usable(target):
+            return getattr(xla, self.function)
+        from mambaout_jax.ops.gated_conv import gpu
+
+        return getattr(gpu, self.function)
