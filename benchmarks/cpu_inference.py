@@ -1,7 +1,8 @@
 """Compares CPU inference with timm's network in torch: milliseconds per batch, on the same cores.
 
+Our network runs with the predictor's compiler options, and as a user's own `jax.jit(model.apply)`.
 Each side runs in its own process. They take turns, a few batches each, so that other load on the
-machine affects both. timm runs in its own environment:
+machine affects all. timm runs in its own environment:
 
   python -m venv /tmp/timm && /tmp/timm/bin/pip install timm torch
   python benchmarks/cpu_inference.py --timm_python=/tmp/timm/bin/python
@@ -23,8 +24,13 @@ _RUNS = 5  # batches a turn, of which the median counts
 _SIZE = 224  # pixels
 
 
-def ours(model: str, batch: int, depthwise: str) -> tuple[Callable[[], object], float]:
-    """Returns a call of our network and the seconds that its compilation took."""
+def ours(
+    model: str, batch: int, depthwise: str, *, own_jit: bool
+) -> tuple[Callable[[], object], float]:
+    """Returns a call of our network and the seconds that its compilation took.
+
+    `own_jit` is a user's `jax.jit(model.apply)`, without compiler options.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import jax.numpy as jnp
@@ -36,7 +42,8 @@ def ours(model: str, batch: int, depthwise: str) -> tuple[Callable[[], object], 
     images = jax.random.normal(jax.random.key(0), (batch, _SIZE, _SIZE, 3), jnp.float32)
     params = jax.jit(network.init)(jax.random.key(0), images[:1])
     started = time.perf_counter()
-    apply = jax.jit(network.apply, compiler_options=compiler_options("cpu"))
+    options = {} if own_jit else compiler_options("cpu", inference=True)
+    apply = jax.jit(network.apply, compiler_options=options)
     apply = apply.lower(params, images).compile()
     seconds = time.perf_counter() - started
     return lambda: apply(params, images).block_until_ready(), seconds
@@ -60,7 +67,10 @@ def theirs(model: str, batch: int) -> tuple[Callable[[], object], float]:
 
 def serve(side: str, model: str, batch: int, depthwise: str) -> None:
     """Answers each line of the input with the milliseconds of one turn."""
-    call, seconds = ours(model, batch, depthwise) if side == "ours" else theirs(model, batch)
+    if side == "timm":
+        call, seconds = theirs(model, batch)
+    else:
+        call, seconds = ours(model, batch, depthwise, own_jit=side == "own jit")
     call()
     print(json.dumps(seconds), flush=True)
     for _ in sys.stdin:
@@ -73,9 +83,10 @@ def serve(side: str, model: str, batch: int, depthwise: str) -> None:
 
 
 def compare(args: argparse.Namespace, model: str, batch: int) -> None:
-    """Lets both sides take turns and prints a row."""
+    """Lets all sides take turns, and prints a row for each of ours."""
     sides = {}
-    for side, python in (("ours", sys.executable), ("timm", args.timm_python)):
+    for side in ("predictor", "own jit", "timm"):
+        python = args.timm_python if side == "timm" else sys.executable
         command = [python, __file__, "--serve", json.dumps([side, model, batch, args.depthwise])]
         sides[side] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -92,13 +103,15 @@ def compare(args: argparse.Namespace, model: str, batch: int) -> None:
         side.wait()
     best = {name: min(values) for name, values in times.items()}
     middle = {name: statistics.median(values) for name, values in times.items()}
-    paired = statistics.median(b / a for a, b in zip(times["ours"], times["timm"], strict=True))
-    print(
-        f"{model:16} batch {batch}: ours {middle['ours']:7.1f} ms (least {best['ours']:.1f}), "
-        f"timm {middle['timm']:7.1f} ms (least {best['timm']:.1f}), ratio {paired:.2f} "
-        f"(of least {best['timm'] / best['ours']:.2f}); ours compiled in {seconds['ours']:.1f} s",
-        flush=True,
-    )
+    for side in ("predictor", "own jit"):
+        pairs = zip(times[side], times["timm"], strict=True)
+        ratio = statistics.median(timm / ours for ours, timm in pairs)
+        print(
+            f"{model:14} batch {batch} {side:9}: {middle[side]:7.1f} ms (least {best[side]:.1f}), "
+            f"timm {middle['timm']:7.1f} ms (least {best['timm']:.1f}), ratio {ratio:.2f} "
+            f"(of least {best['timm'] / best[side]:.2f}); compiled in {seconds[side]:.1f} s",
+            flush=True,
+        )
 
 
 def main() -> None:

@@ -110,7 +110,7 @@ def compile_eval_step(
         over_mesh(step, mesh, model=model, mean=mean, std=std, **options),
         in_shardings=(shardings, NamedSharding(mesh, BATCH)),
         out_shardings=NamedSharding(mesh, P()),
-        compiler_options=compiler_options(device.platform),
+        compiler_options=compiler_options(device.platform, inference=True),
     )
 
 

@@ -83,7 +83,7 @@ def extract(
         in_shardings=(split, replicated, NamedSharding(mesh, BATCH), None),
         out_shardings=split,
         donate_argnums=0,
-        compiler_options=compiler_options(device.platform),
+        compiler_options=compiler_options(device.platform, inference=True),
     )
     image = jax.ShapeDtypeStruct((1, *preprocessing.shape, 3), jnp.float32)
     apply = functools.partial(model.apply, method="pooled")

@@ -126,7 +126,7 @@ class Predictor:
             values, places = jax.lax.top_k(probabilities, min(top, chosen.size))
             return values, chosen[places]
 
-        options = compiler_options(mesh.devices.flat[0].platform)
+        options = compiler_options(mesh.devices.flat[0].platform, inference=True)
         self._best = jax.jit(best, out_shardings=self._split, compiler_options=options)
 
     @classmethod

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from mambaout_jax.ops import (
     dense,
     depthwise_conv2d,
+    image_conv,
     layer_norm,
     merge_dense,
     split_dense,
     weighted,
 )
+
+_FEW_CHANNELS = 8  # fewer do not fill a vector
 
 # torch's trunc_normal_(std=0.02) cuts at +-2; JAX takes the cut in standard deviations.
 kernel_init = nn.initializers.truncated_normal(0.02, lower=-2 / 0.02, upper=2 / 0.02)
@@ -59,7 +62,9 @@ class Conv3x3Stride2(nn.Module):
         """[N, H, W, C] to [N, ceil(H / 2), ceil(W / 2), features]."""
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        strided = functools.partial(convolve, stride=2, padding=self.padding)
+        images = x.shape[-1] < _FEW_CHANNELS and self.dtype == jnp.float32
+        function = _convolve_images if images else convolve
+        strided = functools.partial(function, stride=2, padding=self.padding)
         return weighted(strided, self.gradient_dtype, x.astype(self.dtype), kernel, bias)
 
 
@@ -70,6 +75,12 @@ def convolve(
     layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
     y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
     return y if bias is None else y + bias.reshape(1, 1, 1, -1)
+
+
+def _convolve_images(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride: int, padding: Any
+) -> jax.Array:
+    return image_conv(x, kernel, stride, padding) + bias.reshape(1, 1, 1, -1)
 
 
 class Dense(nn.Module):

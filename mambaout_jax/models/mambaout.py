@@ -42,6 +42,7 @@ from mambaout_jax.models.variants import find_variant
 from mambaout_jax.models.vit import VITS, create_vit
 from mambaout_jax.ops import (
     activate,
+    few_images,
     gate_product,
     gated_block,
     gated_block_vmem,
@@ -296,11 +297,26 @@ class MambaOut(nn.Module):
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Normalised images [N, H, W, 3] to the maps of the four stages, strides 4, 8, 16, 32."""
+        return self._maps(images, train, len(self.depths))
+
+    def _maps(self, images: jax.Array, train: bool, count: int) -> list[jax.Array]:
+        """Returns the maps of the last `count` stages."""
         if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < 32:
             raise UserError(
                 "expected images of shape [N, H, W, 3] with H and W of at least 32 pixels, "
                 f"got {images.shape}"
             )
+        mutable = self.scope is None or self.scope.mutable  # as in `init`
+        if train or mutable or self.dtype != jnp.float32:
+            return self.batch_maps(images, train)[-count:]
+        depths, widths = tuple(self.depths), tuple(self.widths)
+        model = self.clone(depths=depths, widths=widths, num_classes=0, parent=None, name=None)
+        network = _Maps(model, count)
+        params = {key: value for key, value in self.variables["params"].items() if key != "head"}
+        return list(few_images(network, params, images))
+
+    def batch_maps(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        """As `features`; computes the whole batch at once on every platform."""
         x = self.stem(images.astype(self.dtype))
         maps = []
         for stage in self.stages:
@@ -313,15 +329,27 @@ class MambaOut(nn.Module):
 
         This is the input of the head, before the head's first norm.
         """
-        return _global_mean(self.features(images, train)[-1])
+        return _global_mean(self._maps(images, train, count=1)[0])
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Normalised images [N, H, W, 3] to float32 logits [N, num_classes].
 
         With `train`, drop path and dropout take their random numbers from the rng "dropout".
         """
-        x = self.features(images, train)[-1]
+        x = self._maps(images, train, count=1)[0]
         return self.head(x, train) if self.num_classes else x
+
+
+@dataclasses.dataclass(frozen=True)
+class _Maps:
+    """Computes the maps of a network's last stages from its parameters."""
+
+    model: MambaOut
+    count: int
+
+    def __call__(self, params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+        maps = self.model.apply({"params": params}, images, method="batch_maps")
+        return tuple(maps[-self.count :])
 
 
 def create_model(

@@ -1,11 +1,13 @@
 """The network's operations: those that XLA alone does not make fast."""
 
 from mambaout_jax.ops.activations import activate, gate_product
+from mambaout_jax.ops.cpu_loop import few_images
 from mambaout_jax.ops.dense import dense, merge_dense, split_dense, split_weights
 from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
 from mambaout_jax.ops.gated_block.dispatch import gated_block, gated_block_vmem
 from mambaout_jax.ops.gated_conv.dispatch import gated_conv
 from mambaout_jax.ops.norm import layer_norm
+from mambaout_jax.ops.patches import image_conv
 from mambaout_jax.ops.selective_scan.dispatch import selective_scan
 from mambaout_jax.ops.weighted import weighted
 
@@ -13,10 +15,12 @@ __all__ = [
     "activate",
     "dense",
     "depthwise_conv2d",
+    "few_images",
     "gate_product",
     "gated_block",
     "gated_block_vmem",
     "gated_conv",
+    "image_conv",
     "layer_norm",
     "merge_dense",
     "selective_scan",

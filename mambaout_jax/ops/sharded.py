@@ -58,6 +58,12 @@ def on_parts(function: Callable, split: Sequence[bool], split_results: Sequence[
     return call
 
 
+def on_one_device(x: jax.Array) -> bool:
+    """Returns whether x and its results lie on no mesh, or on one of a single device."""
+    mesh = _find_mesh((x,))
+    return mesh.empty or (mesh.size == 1 and not _names(mesh, AxisType.Explicit, AxisType.Manual))
+
+
 def summed_in(dtype: Any, maps: int, function: Callable) -> Callable:
     """Returns the function with its results after the first `maps`, sums over devices, in dtype."""
 

@@ -1,0 +1,50 @@
+"""The convolution of images, as a product of patches on CPUs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mambaout_jax.ops.patches import image_conv, patch_product, xla_conv
+
+PADDINGS = {(3, 2): ((1, 1), (1, 1)), (4, 4): ((0, 0), (0, 0)), (3, 1): ((2, 0), (0, 1))}
+
+
+def draw(size, features=5):
+    random = np.random.default_rng(0)
+    images = random.standard_normal((2, 11, 14, 3), np.float32)
+    return images, random.standard_normal((size, size, 3, features), np.float32)
+
+
+@pytest.mark.parametrize(("size", "stride"), PADDINGS)
+def test_patches_agree_with_float64(size, stride):
+    options = {"stride": stride, "padding": PADDINGS[size, stride]}
+    args = draw(size)
+    y = patch_product(*map(jnp.asarray, args), **options)
+    assert y.dtype == jnp.float32
+    with jax.enable_x64(True):
+        exact = xla_conv(*(jnp.asarray(array, jnp.float64) for array in args), **options)
+    np.testing.assert_allclose(y, exact, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_convolution():
+    args = draw(3)
+
+    def loss(function, *args):
+        return (function(*args) ** 2).sum()
+
+    ours = functools.partial(image_conv, stride=2, padding=PADDINGS[3, 2])
+    reference = functools.partial(xla_conv, stride=2, padding=PADDINGS[3, 2])
+    got = jax.grad(loss, (1, 2))(lambda x, kernel: ours(x, kernel), *args)
+    expected = jax.grad(loss, (1, 2))(reference, *args)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), got, expected)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_only_cpus_multiply_patches(platform):
+    call = jax.jit(lambda x, kernel: image_conv(x, kernel, 2, PADDINGS[3, 2]))
+    text = call.trace(*draw(3)).lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.convolution" in text) == (platform != "cpu")
+    assert ("stablehlo.dot_general" in text) == (platform == "cpu")
