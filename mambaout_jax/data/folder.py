@@ -30,7 +30,7 @@ class FolderSource(Source):
     """
 
     def __init__(self, directory: str, split: str, reference_split: str):
-        root = local_folder(directory, f"{split}/CLASS/IMAGE", "class folders")
+        root = local_folder(directory, f"{_whole(split)}/CLASS/IMAGE", "class folders")
         name, part = split, _percentages(split)
         split, reference_split = _whole(split), _whole(reference_split)
         if not (root / split).is_dir():
