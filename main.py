@@ -1,6 +1,7 @@
 """Trains or evaluates MambaOut.
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
+    mambaout-jax train --config=quickstart --workdir=runs/quickstart  # without a checkout
 
 The same command again resumes the run. Keys are changed with --config.key=value.
 

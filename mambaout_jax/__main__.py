@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # Pillow's warning about large images; one that is too large is an error.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")

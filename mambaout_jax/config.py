@@ -246,7 +246,8 @@ def load_config(path: str | Path) -> ConfigDict:
     if not path.exists():
         known = sorted(str(p) for p in Path("configs").glob("*.py") if p.stem != "__init__")
         hint = did_you_mean(str(path), known)
-        raise UserError(f"no config file {path}{hint} (known: {', '.join(known) or 'none'})")
+        listed = f" (known: {', '.join(known)})" if known else ""
+        raise UserError(f"no config file {path}{hint}{listed}")
     try:
         return runpy.run_path(str(path))["get_config"]()
     except KeyError:

@@ -32,6 +32,14 @@ def test_the_help_ends_with_an_example_that_the_parser_takes(command, capsys):
     assert not command or args.command == command[0]
 
 
+def test_without_arguments_the_commands_are_listed(capsys):
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    for command in ("train", *COMMANDS):
+        assert f"\n    {command} " in printed.err or f"\n    {command}\n" in printed.err
+
+
 @pytest.mark.parametrize("tool", [*TOOLS, "demo/app.py"])
 def test_the_help_of_a_script_ends_with_examples_of_it(tool):
     text = help_of([tool])

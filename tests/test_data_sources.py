@@ -186,6 +186,8 @@ def test_what_is_not_a_file_is_refused_when_the_folder_is_opened(folder, monkeyp
 def test_folder_mistakes_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"no folder .*nowhere': expected"):
         open_source(folder_data(tmp_path / "nowhere"), "train")
+    with pytest.raises(UserError, match=r"no data directory: .* a folder with train/CLASS"):
+        open_source(folder_data(""), "train[:99%]")
     (folder / "val" / "z").mkdir()
     with pytest.raises(UserError, match=r"z is a class that .*train does not have"):
         open_source(folder_data(folder), "val")

@@ -119,5 +119,5 @@ def test_flatbuffers_is_asked_for(weights, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(jax.export.Exported, "serialize", missing)
     assert main(["export", "--weights", str(weights), str(tmp_path / "x.zip")]) == 1
-    assert "pip install mambaout_jax[export]" in capsys.readouterr().err
+    assert "pip install 'mambaout_jax[export]'" in capsys.readouterr().err
     assert not (tmp_path / "x.zip").exists()

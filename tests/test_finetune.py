@@ -1,15 +1,17 @@
 """configs/finetune.py: splits, classes, batch and rate that follow a folder of images."""
 
 import csv
+import importlib.util
+from pathlib import Path
 
 import jax
 import pytest
 import small_run
 import small_weights
 
-from configs import finetune, in12k
+from configs import finetune, in12k, in21k
 from mambaout_jax import config as configuration
-from mambaout_jax.build import build_schedule
+from mambaout_jax.build import build_run, build_schedule
 from mambaout_jax.build_data import fill_in
 from mambaout_jax.data.folder import FolderSource, find_splits
 from mambaout_jax.errors import UserError
@@ -130,6 +132,29 @@ def test_mistakes(tmp_path):
     config.data.dir = str(tmp_path)
     fill_in(config)
     assert config.data.num_classes == 11_821, "it is compared with the folder when a run is built"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "listed"), [(in12k, "imagenet12k_synsets.txt"), (in21k, "imagenet22k_synsets.txt")]
+)
+def test_the_folders_of_large_imagenets_are_numbered_as_in_timm(recipe, listed, tmp_path):
+    timm = importlib.util.find_spec("timm")
+    if timm is None:
+        pytest.skip("needs timm: pip install -e '.[verify]'")
+    synsets = (Path(timm.origin).with_name("data") / "_info" / listed).read_text().split()
+    config = recipe.get_config()
+    assert config.data.num_classes == len(synsets)
+    assert synsets == sorted(synsets), "class folders are numbered in the order of their names"
+    write_classes(tmp_path / "train", **dict.fromkeys(synsets[:2] + synsets[-1:], 100))
+    keys = {"data.dir": str(tmp_path), "batch_size": 8, "eval.batch_size": 8}
+    keys |= {"data.image_size": 32, "data.workers": 0, "model.depthwise": "xla"}
+    config.update_from_flattened_dict(keys)
+    with pytest.raises(UserError, match=f"has 3 classes, but the model has {len(synsets)}"):
+        build_run(config)
+    config.data.num_classes = 0
+    run = build_run(config)
+    assert (run.model.num_classes, run.model_name) == (3, "mambaout_base_plus_rw")
+    assert len(run.eval_batches) == 1, "three images: one of a hundred of each class"
 
 
 def test_from_python_a_mistake_leaves_no_workdir(tmp_path):

@@ -196,6 +196,9 @@ def test_repositories_that_cannot_be_read(hub, digits):
     hub.repositories["user/bad"] = good | {"model.safetensors": save(tensors)}
     with pytest.raises(UserError, match=r"is not what its mambaout_jax.json describes"):
         mambaout_jax.read_weights("hf-hub:user/bad")
+    for name in ("hf-hub:digits", "hf-hub:user/", "hf-hub:a/b/c", "hf-hub:@main"):
+        with pytest.raises(UserError, match=rf"^'{name}' is not a repository: expected hf-hub:OW"):
+            mambaout_jax.read_weights(name)
     with pytest.raises(UserError, match=r"has no user/gone/config.json"):
         mambaout_jax.read_weights("hf-hub:user/gone")
     with pytest.raises(UserError, match=r"are test_mambaout's, not mambaout_tiny's"):

@@ -47,6 +47,10 @@ def test_an_unknown_config_is_one_sentence(capsys):
     assert error.startswith("error: unknown config 'tinny'")
     assert "quickstart" in error
     assert error.count("\n") == 1
+    for arguments in (["train"], ["eval", "--workdir=w"], ["train", "--config.seed=1"]):
+        assert main(arguments) == 1
+        message = "no config: expected --config=NAME or a .py file, such as quickstart"
+        assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def run(command, folder, **environment):

@@ -64,11 +64,13 @@ def run_main(command: str, arguments: Sequence[str]) -> int:
         arguments: main.py's flags.
 
     Raises:
-        UserError: the config is unknown.
+        UserError: there is no config, or it is unknown.
     """
     folder = shipped_folder()
     program = str(folder / "main.py")
     flags = resolve_configs(arguments)
+    if not any(re.match("--?(config(=|$)|help)", flag) for flag in flags):
+        raise UserError("no config: expected --config=NAME or a .py file, such as quickstart")
     sys.path.insert(0, str(folder))  # as `python main.py` does, for `from configs import default`
     sys.argv = [program, f"--mode={command}", *flags]
     runpy.run_path(program, run_name="__main__")

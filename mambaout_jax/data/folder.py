@@ -30,7 +30,7 @@ class FolderSource(Source):
     """
 
     def __init__(self, directory: str, split: str, reference_split: str):
-        root = local_folder(directory, f"{split}/CLASS/IMAGE", "class folders")
+        root = local_folder(directory, f"{_whole(split)}/CLASS/IMAGE", "class folders")
         name, part = split, _percentages(split)
         split, reference_split = _whole(split), _whole(reference_split)
         if not (root / split).is_dir():
@@ -114,6 +114,8 @@ def _percentages(split: str) -> tuple[int, int]:
 
 def local_folder(directory: str, expected: str, what: str) -> Path:
     """Returns a folder on a disk, which should have files like `expected`, and not in a bucket."""
+    if not directory:
+        raise UserError(f"no data directory: expected the path of a folder with {expected}")
     if is_bucket(directory):
         raise UserError(
             f"{what} are read from a disk, and {directory} is in a bucket: copy it to a disk, or "

@@ -123,5 +123,5 @@ def serialize(exported: jax_export.Exported) -> bytes:
     except ImportError as error:
         raise UserError(
             "jax.export writes its files with flatbuffers, which is not installed: "
-            "pip install mambaout_jax[export]"
+            "pip install 'mambaout_jax[export]'"
         ) from error

@@ -48,7 +48,7 @@ def read_exported(path: str | os.PathLike[str]) -> ExportedNetwork:
     except ImportError:
         raise UserError(
             f"reading {path} needs flatbuffers, which is not installed: "
-            "pip install mambaout_jax[export]"
+            "pip install 'mambaout_jax[export]'"
         ) from None
     except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
         raise UserError(

@@ -18,8 +18,14 @@ PREFIX = "hf-hub:"  # of names; timm's
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """Returns the repository and the revision of "hf-hub:OWNER/NAME[@REVISION]"."""
+    """Returns the repository and the revision of "hf-hub:OWNER/NAME[@REVISION]".
+
+    Raises:
+        UserError: the name has no owner, or more than one slash.
+    """
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise UserError(f"{name!r} is not a repository: expected {PREFIX}OWNER/NAME[@REVISION]")
     return repository, revision or None
 
 
@@ -36,7 +42,8 @@ def read_repository(
         allow_non_finite: whether to accept NaN and infinity.
 
     Raises:
-        UserError: the hub cannot be reached, or the repository holds no MambaOut or is damaged.
+        UserError: the name is not a repository's, the hub cannot be reached, or the repository
+            holds no MambaOut or is damaged.
     """
     repository, revision = split_name(name)
     info = from_timm(read_json(hub.download(repository, CONFIG_FILE, revision=revision)), name)
