@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mambaout_jax.models.layers import Conv3x3Stride2
 from mambaout_jax.ops.patches import image_conv, patch_product, xla_conv
 
 PADDINGS = {(3, 2): ((1, 1), (1, 1)), (4, 4): ((0, 0), (0, 0)), (3, 1): ((2, 0), (0, 1))}
@@ -40,6 +41,16 @@ def test_gradients_are_those_of_the_convolution():
     got = jax.grad(loss, (1, 2))(lambda x, kernel: ours(x, kernel), *args)
     expected = jax.grad(loss, (1, 2))(reference, *args)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), got, expected)
+
+
+def test_the_layer_takes_the_paddings_that_jax_names():
+    images = jnp.asarray(draw(3)[0])
+    layer = Conv3x3Stride2(5, padding="SAME")
+    y, variables = layer.init_with_output(jax.random.key(0), images)
+    padding = jax.lax.padtype_to_pads(images.shape[1:3], (3, 3), (2, 2), "SAME")
+    kernel = variables["params"]["kernel"]
+    expected = xla_conv(images, kernel, stride=2, padding=tuple(padding))
+    np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])

@@ -80,7 +80,10 @@ def convolve(
 def _convolve_images(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride: int, padding: Any
 ) -> jax.Array:
-    return image_conv(x, kernel, stride, padding) + bias.reshape(1, 1, 1, -1)
+    if isinstance(padding, str):
+        strides = (stride, stride)
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    return image_conv(x, kernel, stride, tuple(padding)) + bias.reshape(1, 1, 1, -1)
 
 
 class Dense(nn.Module):
