@@ -149,12 +149,13 @@ def shown_legend(browser):
 
 def open_page(browser, url, width=1200, height=900):
     """Opens the page at a width, and waits for the first example's classes or mask."""
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(url)
-    wait = WebDriverWait(browser, 120)
+    wait = WebDriverWait(browser, 120, ignored_exceptions=[StaleElementReferenceException])
     wait.until(lambda b: shows_classes(b) or shown_legend(b))
     return wait
 
@@ -195,9 +196,12 @@ def test_nothing_is_empty_and_the_text_says_what_to_do(page, browser):
 
 def choose(browser, wait, name):
     browser.find_element("css selector", "input[role=combobox]").click()
-    wait.until(lambda b: b.find_elements("css selector", "[role=option]"))
-    options = browser.find_elements("css selector", "[role=option]")
-    (option,) = (each for each in options if name in each.text)
+
+    def shown(browser):  # an option that is still fading in has no text
+        options = browser.find_elements("css selector", "[role=option]")
+        return [option for option in options if name in option.text]
+
+    (option,) = wait.until(shown)
     option.click()
 
 
