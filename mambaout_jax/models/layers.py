@@ -20,6 +20,7 @@ from mambaout_jax.ops import (
     split_dense,
     weighted,
 )
+from mambaout_jax.ops.patches import xla_conv
 
 _FEW_CHANNELS = 8  # fewer do not fill a vector
 
@@ -72,8 +73,7 @@ def convolve(
     x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, stride: int, padding: Any
 ) -> jax.Array:
     """Convolves [N, H, W, C] with a kernel [kh, kw, C, features], and adds the bias if given."""
-    layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
-    y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+    y = xla_conv(x, kernel, stride=stride, padding=padding)
     return y if bias is None else y + bias.reshape(1, 1, 1, -1)
 
 

@@ -48,9 +48,9 @@ def _choose(target: Target) -> Callable:
 
 
 def xla_conv(
-    x: jax.Array, kernel: jax.Array, *, stride: int, padding: Sequence[tuple[int, int]]
+    x: jax.Array, kernel: jax.Array, *, stride: int, padding: str | Sequence[tuple[int, int]]
 ) -> jax.Array:
-    """Computes `image_conv` by XLA's convolution."""
+    """Computes `image_conv` by XLA's convolution; the padding may be one that JAX names."""
     layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
 

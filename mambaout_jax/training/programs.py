@@ -63,10 +63,10 @@ def compile_programs(
         return eval_step.lower(target.eval_params, batch).compile()
 
     def compile_initial_state() -> Callable[..., TrainState]:
-        initial_state = jax.jit(run.initial_state, out_shardings=shardings)
+        function = jax.jit(run.initial_state, out_shardings=shardings)
         if resumed or run.init_from:
-            return initial_state
-        return initial_state.lower(init_key, None).compile()
+            return function
+        return function.lower(init_key, None).compile()
 
     batch = abstract_batch(run.batch_size, run.image_size, run.mesh, run.task.dense)
     del batch["mask"]
@@ -75,15 +75,14 @@ def compile_programs(
     rest = jax.device_put(rest, NamedSharding(run.mesh, P()))
     lowered = train_step.lower(target, batch, *rest)
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
-    first = pool.submit(compile_initial_state)
+    initial_state = pool.submit(compile_initial_state)
     evaluation = pool.submit(compile_evaluation)
     pool.shutdown(wait=False)
     compiled = lowered.compile()
-
     return Programs(
         lambda state, batch: compiled(state, batch, *rest),
         lambda *arguments: evaluation.result()(*arguments),
-        lambda params: first.result()(init_key, params),
+        lambda params: initial_state.result()(init_key, params),
         open_pictures(run, shardings.params),
     )
 

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from mambaout_jax.ops.depthwise import triton_kernels, xla
 
 _NARROW = 14  # pixels
-_LANES = 64  # channels that a program of our filter gradient sums
 
 
 def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -22,10 +21,11 @@ def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
 def filter_gradient(x: jax.Array, dy: jax.Array, *, kernel_size: int) -> jax.Array:
     """Returns the gradient of the kernel, float32 [k, k, 1, C], for x and dy [N, H, W, C].
 
-    On wide maps in bfloat16 whose channels leave lanes of our kernel idle, cuDNN's is faster. On
-    others it takes several times as long, and in float32 it computes in TF32; see
+    cuDNN's is faster on wide maps in bfloat16 whose channels leave a part of our tiles idle. On
+    some others it takes several times as long, and in float32 it computes in TF32; see
     docs/performance.md.
     """
-    if x.dtype == jnp.bfloat16 and x.shape[2] > _NARROW and x.shape[3] % _LANES:
+    idle = x.shape[3] % triton_kernels.FILTER_TILE[1]
+    if x.dtype == jnp.bfloat16 and x.shape[2] > _NARROW and idle:
         return xla.filter_gradient(x, dy, kernel_size=kernel_size)
     return triton_kernels.filter_gradient(x, dy, kernel_size)

@@ -17,7 +17,7 @@ import triton.language as tl
 from mambaout_jax.ops.triton_launch import launch, load, store
 
 _WIDE = 14  # columns that a program sums at once; half as many on narrower maps
-_FILTER_TILE = (8, 64)  # rows of taps, channels
+FILTER_TILE = (8, 64)  # rows of taps, channels
 _FILTER_ROWS = 16  # rows of the maps that a program of the filter gradient sums
 
 
@@ -114,7 +114,7 @@ class _Tiles(NamedTuple):
 def filter_gradient(x: jax.Array, dy: jax.Array, size: int) -> jax.Array:
     """Returns the kernel's gradient, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
     images, height, width, channels = x.shape
-    tap_rows, lanes = max(_FILTER_TILE[0], triton.next_power_of_2(size)), _FILTER_TILE[1]
+    tap_rows, lanes = max(FILTER_TILE[0], triton.next_power_of_2(size)), FILTER_TILE[1]
     parts = triton.cdiv(images * height, _FILTER_ROWS)
     (gradient,) = launch(
         depthwise_filter_gradient,
@@ -186,53 +186,42 @@ def _add_at(values, index: tl.constexpr, value):
 
 
 @triton.jit
-def _place(
+def _convolved(
+    x_ptr,
+    kernel_ptr,
+    bias_ptr,
     images: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
     channels: tl.constexpr,
+    pitch: tl.constexpr,
+    size: tl.constexpr,
     rows: tl.constexpr,
     lanes: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Returns what a program computes.
+    """Returns a list with a tile of float32 results for each of a few columns, and their place.
 
-    These are its first row of the maps, and column, and tiles of: rows after the first, channels,
-    and whether they exist.
+    The place is the first pixel, its column, and tiles: the row, counted from that of the first
+    pixel, the channel, and whether both exist. `pitch` is the distance of pixels in x. The bias is
+    added to x, unless `bias_ptr` is None.
     """
     tile: tl.constexpr = (rows, lanes)
     blocks: tl.constexpr = (width + columns - 1) // columns
+    edge: tl.constexpr = size // 2
     first_column = tl.program_id(0) % blocks * columns
     first_row = tl.program_id(1).to(tl.int64) * rows
     row = tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
     channel = tl.program_id(0) // blocks * lanes
     channel += tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
     exists = (row < images * height - first_row) & (channel < channels)
-    return first_row, first_column, row, channel, exists
-
-
-@triton.jit
-def _convolved_columns(
-    x_ptr,
-    kernel_ptr,
-    bias,
-    first_row,
-    first_column,
-    row,
-    channel,
-    exists,
-    height: tl.constexpr,
-    width: tl.constexpr,
-    channels: tl.constexpr,
-    pitch: tl.constexpr,
-    size: tl.constexpr,
-    columns: tl.constexpr,
-):
-    """Returns a list with a tile of float32 results for each of a few columns."""
-    edge: tl.constexpr = size // 2
-    x_ptr += (first_row * width + first_column) * pitch
+    first = first_row * width + first_column
+    x_ptr += first * pitch
+    bias = None
+    if bias_ptr is not None:
+        bias = load(bias_ptr + channel, channel < channels)
     map_row = ((first_row % height).to(tl.int32) + row) % height
-    sums = [tl.zeros(row.shape, tl.float32)] * columns
+    sums = [tl.zeros(tile, tl.float32)] * columns
     for i in range(size):
         input_row = map_row + i - edge
         inside = exists & (input_row >= 0) & (input_row < height)
@@ -248,7 +237,7 @@ def _convolved_columns(
                 for result in tl.static_range(columns):
                     if _inside(column + edge - result, size):
                         sums = _add_at(sums, result, values * taps[column + edge - result])
-    return sums
+    return sums, first, first_column, row, channel, exists
 
 
 @triton.jit
@@ -266,29 +255,24 @@ def depthwise_convolution(
     columns: tl.constexpr,
 ):
     """Writes a tile of results for each of a few columns."""
-    first_row, first_column, row, channel, exists = _place(
-        images, height, width, channels, rows, lanes, columns
-    )
-    sums = _convolved_columns(
+    sums, first, first_column, row, channel, exists = _convolved(
         x_ptr,
         kernel_ptr,
         None,
-        first_row,
-        first_column,
-        row,
-        channel,
-        exists,
+        images,
         height,
         width,
         channels,
         channels,
         size,
+        rows,
+        lanes,
         columns,
     )
-    y_ptr += (first_row * width + first_column) * channels
+    y_ptr += first * channels
     for column in tl.static_range(columns):
         mask = exists & (first_column + column < width)
-        store(y_ptr + row * (width * channels) + channel + column * channels, sums[column], mask)
+        store(y_ptr + (row * width + column) * channels + channel, sums[column], mask)
 
 
 @triton.jit
@@ -309,27 +293,24 @@ def convolution_from(
     columns: tl.constexpr,
 ):
     """Writes the convolution of x's last channels and their bias, and adds its own."""
-    first_row, first_column, row, channel, exists = _place(
-        images, height, width, channels, rows, lanes, columns
-    )
-    sums = _convolved_columns(
-        x_ptr + (pitch - channels),
+    x_ptr += pitch - channels
+    bias_ptr += pitch - channels
+    sums, first, first_column, row, channel, exists = _convolved(
+        x_ptr,
         kernel_ptr,
-        load(bias_ptr + (pitch - channels) + channel, channel < channels),
-        first_row,
-        first_column,
-        row,
-        channel,
-        exists,
+        bias_ptr,
+        images,
         height,
         width,
         channels,
         pitch,
         size,
+        rows,
+        lanes,
         columns,
     )
     bias = load(conv_bias_ptr + channel, channel < channels)
-    y_ptr += (first_row * width + first_column) * channels
+    y_ptr += first * channels
     for column in tl.static_range(columns):
         mask = exists & (first_column + column < width)
         store(y_ptr + (row * width + column) * channels + channel, sums[column] + bias, mask)
@@ -352,28 +333,23 @@ def convolution_into(
     lanes: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Writes the last channels of y, which `before_ptr` is too, and their sums over the tiles."""
+    """Writes the last channels of y, which is the array `before_ptr`, and their sums."""
     blocks: tl.constexpr = (width + columns - 1) // columns
-    first_row, first_column, row, channel, exists = _place(
-        images, height, width, channels, rows, lanes, columns
-    )
-    sums = _convolved_columns(
+    sums, first, first_column, row, channel, exists = _convolved(
         x_ptr,
         kernel_ptr,
         None,
-        first_row,
-        first_column,
-        row,
-        channel,
-        exists,
+        images,
         height,
         width,
         channels,
         channels,
         size,
+        rows,
+        lanes,
         columns,
     )
-    y_ptr += (first_row * width + first_column) * pitch + (pitch - channels)
+    y_ptr += first * pitch + (pitch - channels)
     total = tl.zeros(row.shape, tl.float32)
     for column in tl.static_range(columns):
         mask = exists & (first_column + column < width)

@@ -30,7 +30,8 @@ def gated_conv(
     Reverse-mode differentiation only.
 
     Args:
-        act: "gelu" (exact) or "silu".
+        act: "gelu" or "silu". On NVIDIA GPUs, GELU's gradient in bfloat16 has an error that
+            rounding hides.
         gradient_dtype: in which the weights' gradients are summed over devices.
         x: [N, H, W, 2 (I + O)], bfloat16 or float32: the gate, I channels of the identity, and O
             of the convolution, without their bias.
