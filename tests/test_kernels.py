@@ -11,6 +11,7 @@ import pytest
 
 from mambaout_jax.errors import UserError
 from mambaout_jax.ops import depthwise_conv2d, kernels, layer_norm
+from mambaout_jax.ops.gated_conv.dispatch import gated_conv
 from mambaout_jax.ops.lowering import Target, call_for_target
 
 NO_TRITON = """
@@ -128,6 +129,23 @@ def test_programs_for_a_gpu_call_the_kernels(gpu, capability):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("@triton_kernel_call") == 3  # two gradients, and the norm's
         assert "stablehlo.convolution" not in text
+
+
+def test_the_convolution_of_a_gated_block_is_written_in_place(gpu):
+    pytest.importorskip(
+        "jax_triton", reason="jax-triton or jax-cuda13-plugin is missing", exc_type=ImportError
+    )
+    gpu("9.0")
+
+    def loss(x, *weights):
+        return gated_conv("gelu", jnp.float32, x, weights).sum()
+
+    x, conv = jnp.ones((2, 7, 7, 128)), 24
+    weights = jnp.ones(128), jnp.ones((7, 7, 1, conv)), jnp.ones(conv)
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, *weights)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@triton_kernel_call") == 4  # forward, and the gradients of gate, x and taps
+    assert text.count("output_operand_alias<") == 1
 
 
 def test_a_kernel_chosen_by_name_that_cannot_be_used_is_an_error(gpu):

@@ -46,10 +46,11 @@ def recorded(monkeypatch, function, args) -> list[Call]:
     calls = []
 
     def launch(kernel, *arrays, out_shape, grid, num_warps, written=None, **constants):
-        del grid, written
-        pointers = tuple(_TYPES[array.dtype.name] for array in (*arrays, *out_shape))
+        del grid
+        results = [*out_shape, *([] if written is None else [arrays[written]])]
+        pointers = tuple(_TYPES[array.dtype.name] for array in (*arrays, *results))
         calls.append(Call(kernel, pointers, num_warps, constants))
-        return [jnp.zeros(shape.shape, shape.dtype) for shape in out_shape]
+        return [jnp.zeros(shape.shape, shape.dtype) for shape in results]
 
     for module in MODULES:
         monkeypatch.setattr(module, "launch", launch)
@@ -68,12 +69,14 @@ def interpret(kernel, *arrays, out_shape, grid, num_warps, written=None, **const
         torch.full(shape.shape, torch.nan, dtype=getattr(torch, shape.dtype.name))
         for shape in out_shape
     ]
-    for number, result in (written or {}).items():
-        results[result] = inputs[number]
+    shapes = [*out_shape]
+    if written is not None:
+        results.append(inputs[written])
+        shapes.append(arrays[written])
     kernel[grid](*inputs, *results, **constants)
     return [
         jnp.asarray(result.float().numpy(), shape.dtype)
-        for result, shape in zip(results, out_shape, strict=True)
+        for result, shape in zip(results, shapes, strict=True)
     ]
 
 

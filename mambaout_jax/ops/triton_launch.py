@@ -19,32 +19,37 @@ def launch(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     num_warps: int,
-    written: dict[int, int] | None = None,
+    written: int | None = None,
     **constants: int | float | str,
 ) -> list[jax.Array]:
     """Runs a kernel in each program of a grid; `jax.vmap` of it is a loop.
 
     Args:
-        kernel: takes pointers to the arrays, then to the results, then constants by name.
+        kernel: takes pointers to the arrays, then to the results, then constants by name. If an
+            array is written, the last pointer is `written_ptr`, which the kernel does not use.
         *arrays: inputs, in row-major order.
         out_shape: shapes and dtypes of the results.
         grid: numbers of programs.
         num_warps: of a program.
-        written: arrays that become results, by number: what the kernel does not write remains.
+        written: the number of an array that becomes a result, the last one. What the kernel does
+            not write to it remains.
         **constants: known when the kernel is compiled.
 
     Returns:
         The results.
     """
     triton_call = importlib.import_module("jax_triton").triton_call
+    results, aliases = list(out_shape), {}
+    if written is not None:
+        aliases[written] = len(results)
+        results.append(jax.ShapeDtypeStruct(arrays[written].shape, arrays[written].dtype))
     # Triton warns where nobody says whether a product and a sum become one operation.
     options: dict[str, Any]
     if "out_type" in inspect.signature(triton_call).parameters:
-        options = {"out_type": list(out_shape), "backend_options": {"enable_fp_fusion": True}}
-    else:  # before jax-triton 0.4
-        options = {"out_shape": list(out_shape), "enable_fp_fusion": True}
-    if written:
-        options["input_output_aliases"] = written
+        options = {"out_type": results, "backend_options": {"enable_fp_fusion": True}}
+        options |= {} if written is None else {"written_ptr": None}
+    else:  # before jax-triton 0.4, which passes a pointer to the result that is an array, too
+        options = {"out_shape": results, "enable_fp_fusion": True}
     capability = compute_capability()
 
     @sequential_vmap
@@ -57,6 +62,7 @@ def launch(
             num_warps=num_warps,
             num_stages=1,
             compute_capability=capability and 10 * capability[0] + capability[1],
+            input_output_aliases=aliases,
             **options,
             **constants,
         )

@@ -68,18 +68,15 @@ def convolve_into(x: jax.Array, kernel: jax.Array, y: jax.Array) -> tuple[jax.Ar
     """
     tiles = _Tiles.of(x.shape, kernel)
     parts = tiles.grid[1] * triton.cdiv(x.shape[2], tiles.constants["columns"])
-    y, sums = launch(
+    sums, y = launch(
         convolution_into,
         x,
         kernel.astype(jnp.float32),
         y,
-        out_shape=[
-            jax.ShapeDtypeStruct(y.shape, y.dtype),
-            jax.ShapeDtypeStruct((parts, x.shape[-1]), jnp.float32),
-        ],
+        out_shape=[jax.ShapeDtypeStruct((parts, x.shape[-1]), jnp.float32)],
         grid=tiles.grid,
         num_warps=2,
-        written={2: 0},
+        written=2,
         pitch=y.shape[-1],
         **tiles.constants,
     )
@@ -320,9 +317,9 @@ def convolution_from(
 def convolution_into(
     x_ptr,
     kernel_ptr,
-    before_ptr,
     y_ptr,
     sums_ptr,
+    written_ptr,
     images: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
@@ -333,7 +330,7 @@ def convolution_into(
     lanes: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Writes the last channels of y, which is the array `before_ptr`, and their sums."""
+    """Writes the last channels of y, and their sums."""
     blocks: tl.constexpr = (width + columns - 1) // columns
     sums, first, first_column, row, channel, exists = _convolved(
         x_ptr,
