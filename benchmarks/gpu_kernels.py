@@ -3,7 +3,7 @@
   python benchmarks/gpu_kernels.py
 
 The depthwise convolution, its input gradient and its filter gradient, the block's convolution and
-gate and their gradients, and LayerNorm's gradient with and without a shortcut: on the maps of
+gate and their gradients, LayerNorm, and its gradient with and without a shortcut: on the maps of
 mambaout_tiny at 224 pixels, which are timed, and on odd shapes, in bfloat16 and float32. The
 reference is XLA's own operation in float32 on the same inputs. An error is the largest difference
 from it, as a part of its largest absolute value; "XLA" is that of XLA's operation in the dtype of
@@ -93,22 +93,32 @@ def gate_cases(batch: int, dtype: str) -> Iterator[Case]:
         hidden = int(8 / 3 * conv)
         x, convolved, dy = draw(1, (*maps, 2 * hidden), (*maps, conv), (*maps, hidden), dtype=dtype)
         weights = draw(2, (2 * hidden,), (7, 7, 1, conv), (conv,), dtype=dtype)
-        for function, args in (("forward", ()), ("backward", (convolved, dy))):
+        for function, args in (
+            ("forward", (x, *weights)),
+            ("backward", (x, weights[1], convolved, dy)),
+        ):
             yield Case(
                 f"gate {function:10} {'x'.join(map(str, (*maps, conv)))}",
                 functools.partial(getattr(gated_conv, function), act="gelu"),
                 functools.partial(getattr(gated_conv_xla, function), act="gelu"),
-                (x, *weights, *args),
+                args,
                 calls,
             )
 
 
 def norm_cases(batch: int, dtype: str) -> Iterator[Case]:
-    """Yields LayerNorm's gradient, with and without a shortcut, for each shape."""
+    """Yields LayerNorm, and its gradient with and without a shortcut, for each shape."""
     stages = [((batch, side, side, c), _CALLS) for side, c in _STAGES]
     for shape, calls in (*stages, *(((3, 5, side, c), 0) for side, c in _ODD)):
         x, dy, shortcut = draw(1, shape, shape, shape, dtype=dtype)
-        (scale,) = draw(2, (shape[-1],), dtype="float32")
+        scale, bias = draw(2, (shape[-1],), (shape[-1],), dtype="float32")
+        yield Case(
+            f"{'norm':15} {'x'.join(map(str, shape))}",
+            functools.partial(norm_triton.normalise, epsilon=_EPSILON, dtype=jnp.dtype(dtype)),
+            functools.partial(norm.xla_normalise, epsilon=_EPSILON, dtype=jnp.dtype(dtype)),
+            (x, scale, bias),
+            calls,
+        )
         for name, args in (("norm gradient", ()), ("with shortcut", (shortcut,))):
             yield Case(
                 f"{name:15} {'x'.join(map(str, shape))}",

@@ -33,7 +33,9 @@ KERNELS = (
     "filter gradient",
     "convolution from",
     "convolution into",
+    "gate",
     "gate gradient",
+    "norm",
     "norm gradient",
 )
 
@@ -50,16 +52,18 @@ def calls(kernels, side, channels, dtype="bfloat16"):
     if kernels == "filter gradient":
         return partial(depthwise.filter_gradient, size=7), (x, x)
     hidden = array(256, side, side, 8 * channels // 3, dtype=dtype)
-    wide, bias = (
-        array(*sizes, 16 * channels // 3, dtype=dtype) for sizes in ((256, side, side), ())
-    )
+    wide = array(256, side, side, 16 * channels // 3, dtype=dtype)
     if kernels == "convolution from":
         taps, conv_bias = array(7, 7, 1, channels, dtype=dtype), array(channels, dtype=dtype)
-        return depthwise.convolve_from, (wide, bias, taps, conv_bias)
+        return depthwise.convolve_from, (wide, taps, conv_bias)
+    if kernels == "gate":
+        return partial(gate_triton.gate_product, act="gelu"), (wide, x)
     if kernels == "convolution into":
         return depthwise.convolve_into, (x, array(7, 7, 1, channels, dtype=dtype), wide)
     if kernels == "gate gradient":
-        return partial(gate_triton.gate_gradient, act="gelu"), (wide, bias, x, hidden)
+        return partial(gate_triton.gate_gradient, act="gelu"), (wide, x, hidden)
+    if kernels == "norm":
+        return partial(norm_triton.normalise, epsilon=1e-6, dtype=x.dtype), (x, scale, scale)
     return partial(norm_triton.gradient, epsilon=1e-6), (x, scale, x, x)
 
 

@@ -65,8 +65,15 @@ def test_depthwise_convolution_in_several_blocks(shape, size):
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 48), (1, 40, 30, 130)])
-def test_layer_norm_gradients(shape):
+def test_layer_norm(shape):
     check_gradients(norm_triton.gradient, shape)
+    random = np.random.default_rng(0)
+    x, scale, bias = (random.standard_normal(sizes) for sizes in (shape, shape[-1], shape[-1]))
+    args = [jnp.asarray(array, jnp.float32) for array in (x, scale, bias)]
+    y = norm_triton.normalise(*args, epsilon=1e-6, dtype=jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
+    np.testing.assert_allclose(y, expected, rtol=2e-5, atol=1e-5)
 
 
 def test_layer_norm_gradients_in_bfloat16_are_rounded_once():
@@ -90,8 +97,8 @@ def test_gated_convolution_agrees_with_float64(shape, identity, size, dtype, act
         jnp.asarray(random.standard_normal(sizes), dtype)
         for sizes in ((*maps, 2 * hidden), 2 * hidden, (size, size, 1, conv), conv, (*maps, hidden))
     )
-    y, convolved = gated_conv.forward(x, bias, taps, conv_bias, act=act)
-    gradients = gated_conv.backward(x, bias, taps, conv_bias, convolved, dy, act=act)
+    y, biased, convolved = gated_conv.forward(x, bias, taps, conv_bias, act=act)
+    gradients = gated_conv.backward(biased, taps, convolved, dy, act=act)
     with jax.enable_x64(True):
         args = [np.asarray(array, np.float64) for array in (x, bias, taps, conv_bias)]
         expected, pull = jax.vjp(functools.partial(gated_convolution, act), *args)

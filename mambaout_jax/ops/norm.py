@@ -1,5 +1,6 @@
-"""LayerNorm over channels, and its gradient in one pass over the maps."""
+"""LayerNorm over channels and its gradient, on NVIDIA GPUs each in one pass over the maps."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -33,8 +34,11 @@ def layer_norm(
         x itself and the normalised x. A residual branch should start from the returned x: its
         gradient is then added in the same pass that computes the gradient of the norm.
     """
-    normalised, _ = _normalise(x, epsilon)
-    return x, (normalised * _per_channel(scale, x) + _per_channel(bias, x)).astype(dtype)
+    normalise = _for_target("normalise", x, epsilon=epsilon, dtype=jnp.dtype(dtype))
+    (y,) = on_parts(lambda *args: (normalise(*args),), (True, False, False), (True,))(
+        x, scale, bias
+    )
+    return x, y
 
 
 def _per_channel(array: jax.Array, x: jax.Array) -> jax.Array:
@@ -60,11 +64,7 @@ def _backward(epsilon, dtype, residuals, gradients):
     if isinstance(dy, SymbolicZero):
         dy = jnp.zeros(dy.shape, dy.dtype)
     shortcuts = () if isinstance(shortcut, SymbolicZero) else (shortcut,)
-    gradient: Callable = functools.partial(xla_gradient, epsilon=epsilon)
-    if x.ndim > 2:  # for vectors, as in the head, a kernel compiles longer than it saves
-        gradient = functools.partial(
-            call_for_target, _choose_gradient, xla_gradient, epsilon=epsilon
-        )
+    gradient = _for_target("gradient", x, epsilon=epsilon)
     split = (True, False, True, *(True for _ in shortcuts))
     return on_parts(gradient, split, (True, False, False))(x, scale, dy, *shortcuts)
 
@@ -72,12 +72,32 @@ def _backward(epsilon, dtype, residuals, gradients):
 layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _choose_gradient(target: Target) -> Callable:
-    if target.platform != "cuda" or not kernels_usable(target):
-        return xla_gradient
-    from mambaout_jax.ops import norm_triton
+def _for_target(name: str, x: jax.Array, **options: Any) -> Callable:
+    """Returns the function that is chosen when it is lowered, with the options."""
+    reference = _XLA[name]
+    if x.ndim <= 2:  # for vectors, as in the head, a kernel compiles longer than it saves
+        return functools.partial(reference, **options)
+    return functools.partial(call_for_target, _Choice(name), reference, **options)
 
-    return norm_triton.gradient
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    function: str
+
+    def __call__(self, target: Target) -> Callable:
+        if target.platform != "cuda" or not kernels_usable(target):
+            return _XLA[self.function]
+        from mambaout_jax.ops import norm_triton
+
+        return getattr(norm_triton, self.function)
+
+
+def xla_normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, dtype: jnp.dtype
+) -> jax.Array:
+    """Returns the normalised x [..., C], with scale and bias [C]."""
+    normalised, _ = _normalise(x, epsilon)
+    return (normalised * _per_channel(scale, x) + _per_channel(bias, x)).astype(dtype)
 
 
 def xla_gradient(
@@ -93,3 +113,6 @@ def xla_gradient(
     dx = sum((branch.astype(jnp.float32) for branch in shortcut), start=dx)
     batch = tuple(range(x.ndim - 1))
     return dx.astype(x.dtype), (dy * normalised).sum(batch), dy.sum(batch)
+
+
+_XLA: dict[str, Callable] = {"normalise": xla_normalise, "gradient": xla_gradient}

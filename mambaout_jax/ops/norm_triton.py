@@ -1,4 +1,4 @@
-"""Triton kernel of LayerNorm's gradient for GPUs; it reads each map once."""
+"""Triton kernels of LayerNorm and its gradient for GPUs; they read each map once."""
 
 import jax
 import jax.numpy as jnp
@@ -7,21 +7,37 @@ import triton.language as tl
 
 from mambaout_jax.ops.triton_launch import launch, load, store
 
-_PROGRAMS = 1056  # eight for each multiprocessor of an H200
-_TILE = 1024  # elements
+# Elements of a tile, and programs: 64 and 8 for each multiprocessor of an H200.
+_TILE, _PROGRAMS = 512, 8448
+_GRADIENT_TILE, _GRADIENT_PROGRAMS = 1024, 1056
+
+
+def normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, dtype: jnp.dtype
+) -> jax.Array:
+    """Returns the normalised x [..., C], with scale and bias [C]."""
+    tiles = _tiles(x, _TILE, _PROGRAMS)
+    (y,) = launch(
+        layer_norm,
+        scale,
+        bias,
+        x,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, dtype)],
+        grid=(triton.cdiv(tiles["pixels"], tiles["rows"] * tiles["steps"]),),
+        num_warps=1,
+        epsilon=epsilon,
+        **tiles,
+    )
+    return y
 
 
 def gradient(
     x: jax.Array, scale: jax.Array, dy: jax.Array, *shortcut: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of x [..., C], plus the shortcut's, of scale and of bias, [C]."""
-    channels = x.shape[-1]
-    pixels = x.size // channels
-    lanes = triton.next_power_of_2(channels)
-    rows = max(_TILE // lanes, 1)
-    steps = triton.cdiv(pixels, rows * _PROGRAMS)
-    programs = triton.cdiv(pixels, rows * steps)
-    sums = jax.ShapeDtypeStruct((programs, channels), jnp.float32)
+    tiles = _tiles(x, _GRADIENT_TILE, _GRADIENT_PROGRAMS)
+    programs = triton.cdiv(tiles["pixels"], tiles["rows"] * tiles["steps"])
+    sums = jax.ShapeDtypeStruct((programs, x.shape[-1]), jnp.float32)
     (branch,) = shortcut or (dy,)
     dx, dscale, dbias = launch(
         layer_norm_gradient,
@@ -32,15 +48,50 @@ def gradient(
         out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), sums, sums),
         grid=(programs,),
         num_warps=4,
-        pixels=pixels,
-        channels=channels,
-        rows=rows,
-        lanes=lanes,
-        steps=steps,
         epsilon=epsilon,
         has_shortcut=bool(shortcut),
+        **tiles,
     )
     return dx, dscale.sum(0), dbias.sum(0)
+
+
+def _tiles(x: jax.Array, tile: int, programs: int) -> dict[str, int]:
+    """Returns the sizes of the map and of a tile, and how many tiles a program has."""
+    channels = x.shape[-1]
+    pixels = x.size // channels
+    lanes = triton.next_power_of_2(channels)
+    rows = max(tile // lanes, 1)
+    steps = triton.cdiv(pixels, rows * programs)
+    return {"pixels": pixels, "channels": channels, "rows": rows, "lanes": lanes, "steps": steps}
+
+
+@triton.jit
+def layer_norm(
+    scale_ptr,
+    bias_ptr,
+    x_ptr,
+    y_ptr,
+    pixels: tl.constexpr,
+    channels: tl.constexpr,
+    rows: tl.constexpr,
+    lanes: tl.constexpr,
+    steps: tl.constexpr,
+    epsilon: tl.constexpr,
+):
+    """Writes some rows of pixels."""
+    tile: tl.constexpr = (rows, lanes)
+    channel = tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
+    row = tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
+    scale = load(scale_ptr + channel, channel < channels)
+    bias = load(bias_ptr + channel, channel < channels)
+    for step in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + step) * rows
+        mask = (channel < channels) & (row < pixels - first)
+        index = row * channels + channel
+        normalised, _ = _normalised(
+            load(x_ptr + first * channels + index, mask), mask, channels, epsilon
+        )
+        store(y_ptr + first * channels + index, normalised * scale + bias, mask)
 
 
 @triton.jit
@@ -64,30 +115,37 @@ def layer_norm_gradient(
     tile: tl.constexpr = (rows, lanes)
     lane = tl.arange(0, lanes)
     channel = tl.broadcast_to(lane[None, :], tile)
-    first = tl.program_id(0) * steps * rows + tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
+    row = tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
     scale = load(scale_ptr + channel, channel < channels)
     dscale = tl.zeros(tile, tl.float32)
     dbias = tl.zeros(tile, tl.float32)
     for step in range(steps):
-        pixel = first + step * rows
-        index = pixel * channels + channel
-        mask = (channel < channels) & (pixel < pixels)
-        x = load(x_ptr + index, mask)
-        dy = load(dy_ptr + index, mask)
-        centred = tl.where(mask, x - _mean(x, channels), 0)
-        factor = tl.rsqrt(_mean(centred * centred, channels) + epsilon)
-        normalised = centred * factor
+        first = (tl.program_id(0).to(tl.int64) * steps + step) * rows
+        mask = (channel < channels) & (row < pixels - first)
+        index = row * channels + channel
+        dy = load(dy_ptr + first * channels + index, mask)
+        normalised, factor = _normalised(
+            load(x_ptr + first * channels + index, mask), mask, channels, epsilon
+        )
         scaled = dy * scale
         slope = _mean(scaled * normalised, channels)
         dx = factor * (scaled - _mean(scaled, channels) - normalised * slope)
         if has_shortcut:
-            dx += load(shortcut_ptr + index, mask)
-        store(dx_ptr + index, dx, mask)
+            dx += load(shortcut_ptr + first * channels + index, mask)
+        store(dx_ptr + first * channels + index, dx, mask)
         dscale += dy * normalised
         dbias += dy
     place = tl.program_id(0) * channels + lane
     store(dscale_ptr + place, tl.sum(dscale, axis=0), lane < channels)
     store(dbias_ptr + place, tl.sum(dbias, axis=0), lane < channels)
+
+
+@triton.jit
+def _normalised(x, mask, channels: tl.constexpr, epsilon: tl.constexpr):
+    """Returns x with mean 0 and variance 1, and 1 / standard deviation."""
+    centred = tl.where(mask, x - _mean(x, channels), 0)
+    factor = tl.rsqrt(_mean(centred * centred, channels) + epsilon)
+    return centred * factor, factor
 
 
 @triton.jit

@@ -36,22 +36,16 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y
 
 
-def convolve_from(
-    x: jax.Array, bias: jax.Array, kernel: jax.Array, conv_bias: jax.Array
-) -> jax.Array:
-    """Convolves the last C channels of x [N, H, W, P] with kernel [k, k, 1, C], [N, H, W, C].
-
-    `bias` [P] is added to x, and `conv_bias` [C] to the result.
-    """
+def convolve_from(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Convolves the last C channels of x [N, H, W, P] with kernel [k, k, 1, C], and adds a bias."""
     *maps, pitch = x.shape
     shape = (*maps, kernel.shape[-1])
     tiles = _Tiles.of(shape, kernel)
     (y,) = launch(
         convolution_from,
         x,
-        bias,
         kernel.astype(jnp.float32),
-        conv_bias,
+        bias,
         out_shape=[jax.ShapeDtypeStruct(shape, x.dtype)],
         grid=tiles.grid,
         num_warps=2,
@@ -109,8 +103,11 @@ class _Tiles(NamedTuple):
 
 
 def filter_gradient(x: jax.Array, dy: jax.Array, size: int) -> jax.Array:
-    """Returns the kernel's gradient, float32 [k, k, 1, C], for x and dy [N, H, W, C]."""
-    images, height, width, channels = x.shape
+    """Returns the kernel's gradient, float32 [k, k, 1, C], for dy [N, H, W, C].
+
+    x is [N, H, W, P]: its last C channels were convolved.
+    """
+    images, height, width, channels = dy.shape
     tap_rows, lanes = max(FILTER_TILE[0], triton.next_power_of_2(size)), FILTER_TILE[1]
     parts = triton.cdiv(images * height, _FILTER_ROWS)
     (gradient,) = launch(
@@ -124,6 +121,7 @@ def filter_gradient(x: jax.Array, dy: jax.Array, size: int) -> jax.Array:
         height=height,
         width=width,
         channels=channels,
+        pitch=x.shape[-1],
         size=size,
         rows=_FILTER_ROWS,
         tap_rows=tap_rows,
@@ -161,19 +159,15 @@ def _load_column(
     columns: tl.constexpr,
     width: tl.constexpr,
     pitch: tl.constexpr,
-    bias,
 ):
     """Loads the tile of an input column; `start` is of the column of the first result.
 
-    `pitch` is the distance of pixels in x, and `bias` is added on the map, unless it is None.
+    `pitch` is the distance of pixels in x.
     """
     if columns < width:
         at = first_column + column
         inside = inside & (at >= 0) & (at < width)
-    values = load(x_ptr + start + column * pitch, inside)
-    if bias is not None:
-        values = tl.where(inside, values + bias, 0)
-    return values
+    return load(x_ptr + start + column * pitch, inside)
 
 
 @triton.jit
@@ -186,7 +180,6 @@ def _add_at(values, index: tl.constexpr, value):
 def _convolved(
     x_ptr,
     kernel_ptr,
-    bias_ptr,
     images: tl.constexpr,
     height: tl.constexpr,
     width: tl.constexpr,
@@ -200,8 +193,7 @@ def _convolved(
     """Returns a list with a tile of float32 results for each of a few columns, and their place.
 
     The place is the first pixel, its column, and tiles: the row, counted from that of the first
-    pixel, the channel, and whether both exist. `pitch` is the distance of pixels in x. The bias is
-    added to x, unless `bias_ptr` is None.
+    pixel, the channel, and whether both exist. `pitch` is the distance of pixels in x.
     """
     tile: tl.constexpr = (rows, lanes)
     blocks: tl.constexpr = (width + columns - 1) // columns
@@ -214,9 +206,6 @@ def _convolved(
     exists = (row < images * height - first_row) & (channel < channels)
     first = first_row * width + first_column
     x_ptr += first * pitch
-    bias = None
-    if bias_ptr is not None:
-        bias = load(bias_ptr + channel, channel < channels)
     map_row = ((first_row % height).to(tl.int32) + row) % height
     sums = [tl.zeros(tile, tl.float32)] * columns
     for i in range(size):
@@ -229,7 +218,7 @@ def _convolved(
         for column in tl.static_range(-edge, columns + edge):
             if _is_read(column, columns, width):
                 values = _load_column(
-                    x_ptr, start, first_column, inside, column, columns, width, pitch, bias
+                    x_ptr, start, first_column, inside, column, columns, width, pitch
                 )
                 for result in tl.static_range(columns):
                     if _inside(column + edge - result, size):
@@ -255,7 +244,6 @@ def depthwise_convolution(
     sums, first, first_column, row, channel, exists = _convolved(
         x_ptr,
         kernel_ptr,
-        None,
         images,
         height,
         width,
@@ -275,9 +263,8 @@ def depthwise_convolution(
 @triton.jit
 def convolution_from(
     x_ptr,
-    bias_ptr,
     kernel_ptr,
-    conv_bias_ptr,
+    bias_ptr,
     y_ptr,
     images: tl.constexpr,
     height: tl.constexpr,
@@ -289,13 +276,10 @@ def convolution_from(
     lanes: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Writes the convolution of x's last channels and their bias, and adds its own."""
-    x_ptr += pitch - channels
-    bias_ptr += pitch - channels
+    """Writes the convolution of x's last channels, with a bias."""
     sums, first, first_column, row, channel, exists = _convolved(
-        x_ptr,
+        x_ptr + (pitch - channels),
         kernel_ptr,
-        bias_ptr,
         images,
         height,
         width,
@@ -306,7 +290,7 @@ def convolution_from(
         lanes,
         columns,
     )
-    bias = load(conv_bias_ptr + channel, channel < channels)
+    bias = load(bias_ptr + channel, channel < channels)
     y_ptr += first * channels
     for column in tl.static_range(columns):
         mask = exists & (first_column + column < width)
@@ -335,7 +319,6 @@ def convolution_into(
     sums, first, first_column, row, channel, exists = _convolved(
         x_ptr,
         kernel_ptr,
-        None,
         images,
         height,
         width,
@@ -366,6 +349,7 @@ def depthwise_filter_gradient(
     height: tl.constexpr,
     width: tl.constexpr,
     channels: tl.constexpr,
+    pitch: tl.constexpr,
     size: tl.constexpr,
     rows: tl.constexpr,
     tap_rows: tl.constexpr,
@@ -379,23 +363,30 @@ def depthwise_filter_gradient(
     part = tl.program_id(1)
     tap_row = tl.broadcast_to(tl.arange(0, tap_rows)[:, None], tile)
     channel = tl.program_id(0) * lanes + tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
+    x_ptr += pitch - channels
     sums = [tl.zeros(tile, tl.float32)] * size
     for index in range(rows * blocks):
-        row = part * rows + index // blocks
+        row = part.to(tl.int64) * rows + index // blocks
         first_column = index % blocks * columns
-        input_row = row % height + tap_row - edge
+        first = row * width + first_column
+        input_row = (row % height).to(tl.int32) + tap_row - edge
         exists = (channel < channels) & (row < images * height)
         inside = exists & (input_row >= 0) & (input_row < height) & (tap_row < size)
-        start = (row * width + first_column) * channels + channel
-        input_start = start + (tap_row - edge) * width * channels
         gradients = []
         for column in tl.static_range(columns):
             mask = exists & (first_column + column < width)
-            gradients += [load(dy_ptr + start + column * channels, mask)]
+            gradients += [load(dy_ptr + first * channels + (column * channels + channel), mask)]
         for column in tl.static_range(-edge, columns + edge):
             if _is_read(column, columns, width):
                 values = _load_column(
-                    x_ptr, input_start, first_column, inside, column, columns, width, channels, None
+                    x_ptr + first * pitch,
+                    (tap_row - edge) * (width * pitch) + channel,
+                    first_column,
+                    inside,
+                    column,
+                    columns,
+                    width,
+                    pitch,
                 )
                 for tap in tl.static_range(size):
                     if _inside(column + edge - tap, columns):

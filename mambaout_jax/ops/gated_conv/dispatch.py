@@ -30,8 +30,8 @@ def gated_conv(
     Reverse-mode differentiation only.
 
     Args:
-        act: "gelu" or "silu". On NVIDIA GPUs, GELU's gradient in bfloat16 has an error that
-            rounding hides.
+        act: "gelu" or "silu". On NVIDIA GPUs, GELU in bfloat16 and its gradient have an error
+            that rounding hides.
         gradient_dtype: in which the weights' gradients are summed over devices.
         x: [N, H, W, 2 (I + O)], bfloat16 or float32: the gate, I channels of the identity, and O
             of the convolution, without their bias.
@@ -42,17 +42,16 @@ def gated_conv(
 
 
 def _forward(act, gradient_dtype, x, weights):  # type: ignore[no-untyped-def]
-    rounded = tuple(on_mesh_of(x, weight).astype(x.dtype) for weight in weights)
-    call = _for_target("forward", act)
-    y, convolved = on_parts(call, (True, False, False, False), (True, True))(x, *rounded)
-    return y, (x, rounded, convolved)
+    bias, taps, conv_bias = (on_mesh_of(x, weight).astype(x.dtype) for weight in weights)
+    call = on_parts(_for_target("forward", act), (True, False, False, False), (True, True, True))
+    y, biased, convolved = call(x, bias, taps, conv_bias)
+    return y, (biased, taps, convolved)
 
 
 def _backward(act, gradient_dtype, residuals, dy):  # type: ignore[no-untyped-def]
-    x, rounded, convolved = residuals
     call = summed_in(gradient_dtype, 1, _for_target("backward", act))
-    split, results = (True, False, False, False, True, True), (True, False, False, False)
-    dx, *gradients = on_parts(call, split, results)(x, *rounded, convolved, dy)
+    call = on_parts(call, (True, False, True, True), (True, False, False, False))
+    dx, *gradients = call(*residuals, dy)
     return dx, tuple(gradient.astype(jnp.float32) for gradient in gradients)
 
 

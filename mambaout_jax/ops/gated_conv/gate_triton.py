@@ -1,4 +1,4 @@
-"""Triton kernel of the gate's gradient for GPUs; it reads each map once."""
+"""Triton kernels of the gate and its gradient for GPUs; they read each map once."""
 
 import jax
 import jax.numpy as jnp
@@ -14,49 +14,103 @@ _TANH_5, _TANH_4, _TANH_3, _TANH_2, _TANH_1, _TANH_0 = map(tl.constexpr, TANH_CO
 _PROGRAMS = 16896  # 128 for each multiprocessor of an H100
 
 
+def gate_product(x: jax.Array, convolved: jax.Array, act: str) -> jax.Array:
+    """Returns act(gate) * value, [N, H, W, I + C].
+
+    Args:
+        x: [N, H, W, 2 (I + C)]: the gate, I channels of the identity, and C that are not read.
+        convolved: [N, H, W, C]. The value is the identity and `convolved`.
+        act: "gelu" or "silu".
+    """
+    *maps, channels = x.shape
+    grid, constants = _tiles(x, convolved, act)
+    (y,) = launch(
+        gate_product_forward,
+        x,
+        convolved,
+        out_shape=[jax.ShapeDtypeStruct((*maps, channels // 2), x.dtype)],
+        grid=grid,
+        num_warps=2,
+        **constants,
+    )
+    return y
+
+
 def gate_gradient(
-    x: jax.Array, bias: jax.Array, convolved: jax.Array, dy: jax.Array, act: str
+    x: jax.Array, convolved: jax.Array, dy: jax.Array, act: str
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns x's gradient, that of `convolved`, and the sums of those of the gate and the value.
 
-    The last channels of x's gradient, which are the convolution's, are not written. The value is
-    the identity and `convolved`. The sums, float32 [hidden], are those over all pixels.
+    x is the one with its bias, and the value is the identity and `convolved`. The last channels of
+    x's gradient, which are the convolution's, are not written. The sums, float32 [hidden], are
+    those over all pixels.
     """
-    hidden = dy.shape[-1]
-    pixels = dy.size // hidden
-    blocks = triton.cdiv(hidden, _LANES)
-    steps = triton.cdiv(pixels, _ROWS * max(_PROGRAMS // blocks, 1))
-    programs = triton.cdiv(pixels, _ROWS * steps)
+    grid, constants = _tiles(x, convolved, act)
     dx, dconvolved, sums = launch(
         gate_product_gradient,
         x,
-        bias,
         convolved,
         dy,
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct(convolved.shape, x.dtype),
-            jax.ShapeDtypeStruct((programs, 2, hidden), jnp.float32),
+            jax.ShapeDtypeStruct((grid[1], 2, dy.shape[-1]), jnp.float32),
         ],
-        grid=(blocks, programs),
+        grid=grid,
         num_warps=2,
-        pixels=pixels,
-        hidden=hidden,
-        identity=hidden - convolved.shape[-1],
-        rows=_ROWS,
-        lanes=_LANES,
-        steps=steps,
-        act=act,
-        exact=x.dtype == jnp.float32,
+        **constants,
     )
     dgate_sum, dvalue_sum = sums.sum(0)
     return dx, dconvolved, dgate_sum, dvalue_sum
 
 
+def _tiles(
+    x: jax.Array, convolved: jax.Array, act: str
+) -> tuple[tuple[int, int], dict[str, int | bool | str]]:
+    """Returns the grid of programs, and the constants of each."""
+    hidden = x.shape[-1] // 2
+    pixels = x.size // x.shape[-1]
+    blocks = triton.cdiv(hidden, _LANES)
+    steps = triton.cdiv(pixels, _ROWS * max(_PROGRAMS // blocks, 1))
+    constants = {
+        "pixels": pixels,
+        "hidden": hidden,
+        "identity": hidden - convolved.shape[-1],
+        "rows": _ROWS,
+        "lanes": _LANES,
+        "steps": steps,
+        "act": act,
+        "exact": x.dtype == jnp.float32,
+    }
+    return (blocks, triton.cdiv(pixels, _ROWS * steps)), constants
+
+
+@triton.jit
+def gate_product_forward(
+    x_ptr,
+    convolved_ptr,
+    y_ptr,
+    pixels: tl.constexpr,
+    hidden: tl.constexpr,
+    identity: tl.constexpr,
+    rows: tl.constexpr,
+    lanes: tl.constexpr,
+    steps: tl.constexpr,
+    act: tl.constexpr,
+    exact: tl.constexpr,
+):
+    """Writes the product of some rows of pixels."""
+    for step in range(steps):
+        first = (tl.program_id(1).to(tl.int64) * steps + step) * rows
+        row, channel, mask = _place(first, pixels, hidden, rows, lanes)
+        gate, value = _load(x_ptr, convolved_ptr, first, row, channel, mask, hidden, identity)
+        active, _ = _activation(gate, act, exact)
+        store(y_ptr + first * hidden + (row * hidden + channel), active * value, mask)
+
+
 @triton.jit
 def gate_product_gradient(
     x_ptr,
-    bias_ptr,
     convolved_ptr,
     dy_ptr,
     dx_ptr,
@@ -72,37 +126,63 @@ def gate_product_gradient(
     exact: tl.constexpr,
 ):
     """Writes the gradients of gate and value of some rows of pixels, and the sums over them."""
-    tile: tl.constexpr = (rows, lanes)
     conv: tl.constexpr = hidden - identity
-    row = tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
-    lane = tl.program_id(0) * lanes + tl.arange(0, lanes)
-    channel = tl.broadcast_to(lane[None, :], tile)
-    is_identity = channel < identity
-    exists = channel < hidden
-    gate_bias = load(bias_ptr + channel, exists)
-    value_bias = load(bias_ptr + hidden + channel, is_identity)
-    gate_sum = tl.zeros(tile, tl.float32)
-    value_sum = tl.zeros(tile, tl.float32)
+    gate_sum = tl.zeros((rows, lanes), tl.float32)
+    value_sum = tl.zeros((rows, lanes), tl.float32)
     for step in range(steps):
         first = (tl.program_id(1).to(tl.int64) * steps + step) * rows
-        mask = exists & (row < pixels - first)
+        row, channel, mask = _place(first, pixels, hidden, rows, lanes)
+        gate, value = _load(x_ptr, convolved_ptr, first, row, channel, mask, hidden, identity)
         place = first * 2 * hidden + (row * 2 * hidden + channel)
         conv_place = first * conv + (row * conv + channel - identity)
-        gate = load(x_ptr + place, mask) + gate_bias
-        value = load(x_ptr + place + hidden, mask & is_identity) + value_bias
-        value += load(convolved_ptr + conv_place, mask & (channel >= identity))
         dy = load(dy_ptr + first * hidden + (row * hidden + channel), mask)
         active, slope = _activation(gate, act, exact)
         dgate = dy * slope * value
         dvalue = dy * active
         store(dx_ptr + place, dgate, mask)
-        store(dx_ptr + place + hidden, dvalue, mask & is_identity)
+        store(dx_ptr + place + hidden, dvalue, mask & (channel < identity))
         store(dconvolved_ptr + conv_place, dvalue, mask & (channel >= identity))
         gate_sum += dgate
         value_sum += dvalue
+    lane = tl.program_id(0) * lanes + tl.arange(0, lanes)
     place = sums_ptr + tl.program_id(1) * 2 * hidden + lane
     store(place, tl.sum(gate_sum, axis=0), lane < hidden)
     store(place + hidden, tl.sum(value_sum, axis=0), lane < hidden)
+
+
+@triton.jit
+def _place(
+    first,
+    pixels: tl.constexpr,
+    hidden: tl.constexpr,
+    rows: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    """Returns tiles: the pixel, counted from the first, the channel, and whether both exist."""
+    tile: tl.constexpr = (rows, lanes)
+    row = tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
+    channel = tl.program_id(0) * lanes + tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
+    return row, channel, (row < pixels - first) & (channel < hidden)
+
+
+@triton.jit
+def _load(
+    x_ptr,
+    convolved_ptr,
+    first,
+    row,
+    channel,
+    mask,
+    hidden: tl.constexpr,
+    identity: tl.constexpr,
+):
+    """Returns tiles of the gate and the value."""
+    conv: tl.constexpr = hidden - identity
+    x_ptr += first * 2 * hidden + (row * 2 * hidden + channel)
+    convolved_ptr += first * conv + (row * conv + channel - identity)
+    value = load(x_ptr + hidden, mask & (channel < identity))
+    value += load(convolved_ptr, mask & (channel >= identity))
+    return load(x_ptr, mask), value
 
 
 @triton.jit
