@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from mambaout_jax.errors import UserError
 from mambaout_jax.ops import depthwise_conv2d, kernels, layer_norm
 from mambaout_jax.ops.gated_conv.dispatch import gated_conv
-from mambaout_jax.ops.lowering import Target, call_for_target
+from mambaout_jax.ops.lowering import Target, call_for_target, lower_in_threads
 
 NO_TRITON = """
 import json, logging, os, sys
@@ -175,6 +176,33 @@ def test_only_the_function_of_the_platform_is_traced():
     np.testing.assert_array_equal(call_for_target(choose, lambda x: x, x), 2 * x)  # not jitted
     with jax.disable_jit():
         np.testing.assert_array_equal(call_for_target(choose, lambda x: x, x), 2 * x)
+
+
+def test_calls_are_lowered_once_before_their_program():
+    lowered = []
+
+    def choose(target):
+        lowered.append((target, threading.current_thread()))
+        return twice
+
+    def twice(x):
+        return 2 * x
+
+    def double(x):
+        return call_for_target(choose, twice, x)
+
+    def program(x, y):
+        def body(x, _):
+            return double(x), None
+
+        return jax.lax.scan(body, jax.checkpoint(double)(x), None, 3)[0].sum() + double(y).sum()
+
+    traced = jax.jit(jax.jit(program)).trace(jnp.ones(3), jnp.ones((2, 2)))
+    text = lower_in_threads(traced, ("cuda",)).as_text()
+    assert {target for target, _ in lowered} == {Target("cuda", 1)}
+    main = [thread for _, thread in lowered].index(threading.main_thread())
+    assert main == 2  # a call of each shape, whose functions the program then finds in a cache
+    assert text == traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_the_matmul_precision_is_the_one_of_the_trace():

@@ -4,14 +4,17 @@
 a program for CPUs or TPUs imports no GPU kernel.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+import os
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
 from jax.export import is_symbolic_dim
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 from jax.interpreters import batching, mlir
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -105,6 +108,47 @@ for _platform in _PLATFORMS:
     mlir.register_lowering(
         _call_p, functools.partial(_lower, _platform), platform=_platform, inline=False
     )
+
+
+def lower_in_threads(
+    traced: jax.stages.Traced, platforms: tuple[str, ...] | None = None
+) -> jax.stages.Lowered:
+    """Lowers a traced program, and before it each distinct call in one of several threads.
+
+    For GPUs, lowering compiles kernels, for some 20 s of a core. What a thread has compiled is not
+    compiled again.
+
+    Args:
+        traced: a program.
+        platforms: as `lowering_platforms` of `traced.lower`.
+    """
+    calls = dict.fromkeys(_calls(traced.jaxpr.jaxpr))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(functools.partial(_lower_alone, platforms), calls))
+    return traced.lower(lowering_platforms=platforms)
+
+
+def _calls(jaxpr: Jaxpr) -> Iterator[tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]]:
+    """Yields shapes and parameters of the calls in a program and in those that it contains."""
+    for equation in jaxpr.eqns:
+        if equation.primitive is _call_p:
+            avals: list[Any] = [variable.aval for variable in equation.invars]
+            shapes = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
+            yield tuple(shapes), tuple(equation.params.items())
+        for part in jax.tree.leaves(
+            tuple(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr)
+        ):
+            if isinstance(part, ClosedJaxpr | Jaxpr):
+                yield from _calls(part.jaxpr if isinstance(part, ClosedJaxpr) else part)
+
+
+def _lower_alone(
+    platforms: tuple[str, ...] | None, call: tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
+) -> None:
+    shapes, params = call
+    # Python 3.11's `ast.parse` may fail in two threads; the kernel is then compiled later.
+    with contextlib.suppress(SystemError):
+        _compiled.trace(*shapes, **dict(params)).lower(lowering_platforms=platforms)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.inference.evaluate import compile_eval_step
+from mambaout_jax.ops.lowering import lower_in_threads
 from mambaout_jax.runtime.sharding import BATCH
 from mambaout_jax.training.pictures import Pictures, open_pictures
 from mambaout_jax.training.run import Run
@@ -37,9 +38,8 @@ def compile_programs(
 ) -> Programs:
     """Compiles the training step, and the other programs in another thread meanwhile.
 
-    That thread starts when the training step is lowered, which compiles our GPU kernels in Python.
-    Two threads at once would take turns, compile those of the forward pass twice, and on Python
-    3.11 may fail: `ast.parse` is not safe there in two threads.
+    That thread starts when the training step is lowered, which compiles our GPU kernels, those of
+    the forward pass too.
 
     Args:
         run: its model, optimizer, recipe and mesh.
@@ -73,7 +73,9 @@ def compile_programs(
     # On each device before the first step, so that no step moves them.
     rest = (np.asarray(jax.random.key_data(key)), *([run.teacher.params] if run.teacher else ()))
     rest = jax.device_put(rest, NamedSharding(run.mesh, P()))
-    lowered = train_step.lower(target, batch, *rest)
+    traced = train_step.trace(target, batch, *rest)
+    on_gpus = run.mesh.devices.flat[0].platform == "gpu"
+    lowered = lower_in_threads(traced) if on_gpus else traced.lower()
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     initial_state = pool.submit(compile_initial_state)
     evaluation = pool.submit(compile_evaluation)

@@ -1,5 +1,7 @@
 """Triton kernels of the gate and its gradient for GPUs; they read each map once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -9,9 +11,10 @@ from mambaout_jax.ops.activations import TANH_COEFFICIENTS
 from mambaout_jax.ops.triton_launch import launch, load, store
 
 _LANES = 128  # channels of a tile
-_ROWS = 4  # pixels of a tile
+# Pixels of a tile, and programs: 512 and 128 for each multiprocessor of an H200.
+_ROWS, _PROGRAMS = 8, 67584
+_GRADIENT_ROWS, _GRADIENT_PROGRAMS = 4, 16896
 _TANH_5, _TANH_4, _TANH_3, _TANH_2, _TANH_1, _TANH_0 = map(tl.constexpr, TANH_COEFFICIENTS)
-_PROGRAMS = 16896  # 128 for each multiprocessor of an H100
 
 
 def gate_product(x: jax.Array, convolved: jax.Array, act: str) -> jax.Array:
@@ -23,14 +26,15 @@ def gate_product(x: jax.Array, convolved: jax.Array, act: str) -> jax.Array:
         act: "gelu" or "silu".
     """
     *maps, channels = x.shape
-    grid, constants = _tiles(x, convolved, act)
+    grid, constants = _tiles(x, convolved, _ROWS, _PROGRAMS)
     (y,) = launch(
         gate_product_forward,
         x,
         convolved,
         out_shape=[jax.ShapeDtypeStruct((*maps, channels // 2), x.dtype)],
         grid=grid,
-        num_warps=2,
+        num_warps=4,
+        act=act,
         **constants,
     )
     return y
@@ -45,7 +49,7 @@ def gate_gradient(
     x's gradient, which are the convolution's, are not written. The sums, float32 [hidden], are
     those over all pixels.
     """
-    grid, constants = _tiles(x, convolved, act)
+    grid, constants = _tiles(x, convolved, _GRADIENT_ROWS, _GRADIENT_PROGRAMS)
     dx, dconvolved, sums = launch(
         gate_product_gradient,
         x,
@@ -58,6 +62,7 @@ def gate_gradient(
         ],
         grid=grid,
         num_warps=2,
+        act=act,
         **constants,
     )
     dgate_sum, dvalue_sum = sums.sum(0)
@@ -65,24 +70,23 @@ def gate_gradient(
 
 
 def _tiles(
-    x: jax.Array, convolved: jax.Array, act: str
-) -> tuple[tuple[int, int], dict[str, int | bool | str]]:
+    x: jax.Array, convolved: jax.Array, rows: int, programs: int
+) -> tuple[tuple[int, int], dict[str, Any]]:
     """Returns the grid of programs, and the constants of each."""
     hidden = x.shape[-1] // 2
     pixels = x.size // x.shape[-1]
     blocks = triton.cdiv(hidden, _LANES)
-    steps = triton.cdiv(pixels, _ROWS * max(_PROGRAMS // blocks, 1))
+    steps = triton.cdiv(pixels, rows * max(programs // blocks, 1))
     constants = {
         "pixels": pixels,
         "hidden": hidden,
         "identity": hidden - convolved.shape[-1],
-        "rows": _ROWS,
+        "rows": rows,
         "lanes": _LANES,
         "steps": steps,
-        "act": act,
         "exact": x.dtype == jnp.float32,
     }
-    return (blocks, triton.cdiv(pixels, _ROWS * steps)), constants
+    return (blocks, triton.cdiv(pixels, rows * steps)), constants
 
 
 @triton.jit
