@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import golden
 import jax
@@ -21,6 +22,7 @@ from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
 from mambaout_jax.inference.predictor import Predictor, find_images
 from mambaout_jax.labels import class_names, imagenet_names, imagenet_wordnet_ids
+from mambaout_jax.models.mambaout import on_device
 from mambaout_jax.weights.store import save_weights
 
 
@@ -77,6 +79,27 @@ def test_on_tpus_each_device_runs_the_kernels_on_its_part_of_the_batch(tmp_path)
     program = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" in program
     assert "manual_computation" in program
+
+
+def test_on_gpus_the_convolution_and_the_gate_are_one_operation(tmp_path, monkeypatch):
+    overrides = {**small_weights.INFO.overrides, "depthwise": "auto"}
+    path = small_weights.write(tmp_path / "w", overrides=overrides)
+    expected = Predictor.load(path, batch_size=8)
+    gpu, chosen = SimpleNamespace(platform="gpu"), []
+
+    def on_gpu(model, device):
+        del device
+        chosen.append(on_device(model, gpu))
+        return chosen[-1]
+
+    monkeypatch.setattr("mambaout_jax.inference.predictor.on_device", on_gpu)
+    found = Predictor.load(path, batch_size=8)
+    assert [model.fused_gate for model in chosen] == [True]
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    for ours, theirs in zip(
+        found.predict_images(images), expected.predict_images(images), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 def test_a_choice_of_classes(weights, own, files):

@@ -83,3 +83,14 @@ def test_kernels_compile_and_keep_their_sums_in_registers(
     # What does not fit into registers is on the stack, in local memory.
     assert " STACK:0 " in usage, usage
     assert " LOCAL:0 " in usage, usage
+
+
+@pytest.mark.parametrize("images", [168, 256, 4096])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_grids_have_room_for_large_batches(kernels, images, monkeypatch):
+    function, args = calls(kernels, 56, 48)
+    args = [
+        jax.ShapeDtypeStruct((images, *arg.shape[1:]), arg.dtype) if arg.shape[0] == 256 else arg
+        for arg in args
+    ]
+    assert triton_calls.recorded(monkeypatch, function, args)

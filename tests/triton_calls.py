@@ -12,6 +12,7 @@ from mambaout_jax.ops.depthwise import triton_kernels as depthwise
 from mambaout_jax.ops.gated_conv import gate_triton
 
 MODULES = norm_triton, depthwise, gate_triton
+GRID = 65535  # CUDA's limit of the second axis
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16"}
 
 
@@ -46,7 +47,7 @@ def recorded(monkeypatch, function, args) -> list[Call]:
     calls = []
 
     def launch(kernel, *arrays, out_shape, grid, num_warps, written=None, **constants):
-        del grid
+        assert all(size <= GRID for size in grid[1:])
         results = [*out_shape, *([] if written is None else [arrays[written]])]
         pointers = tuple(_TYPES[array.dtype.name] for array in (*arrays, *results))
         calls.append(Call(kernel, pointers, num_warps, constants))

@@ -29,7 +29,7 @@ from mambaout_jax.data.preprocess import (
 )
 from mambaout_jax.errors import UserError
 from mambaout_jax.labels import class_names
-from mambaout_jax.models.mambaout import MambaOut
+from mambaout_jax.models.mambaout import MambaOut, on_device
 from mambaout_jax.runtime.compilation import compiler_options
 from mambaout_jax.weights.info import WeightsInfo
 from mambaout_jax.weights.load import read_weights
@@ -115,12 +115,13 @@ class Predictor:
         self.labels = class_names(info.class_names, info.num_classes)
         chosen = jnp.array(list(range(info.num_classes) if classes is None else classes), jnp.int32)
         mesh = Mesh(np.array(jax.local_devices()), ("batch",))
+        model = on_device(model, mesh.devices.flat[0])
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._split = NamedSharding(mesh, P("batch"))
         self._params = jax.device_put(params, NamedSharding(mesh, P()))
 
         def best(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the TPU kernels
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the kernels
                 logits = forward(params, images, model=model, preprocessing=info.preprocessing)
             probabilities = jax.nn.softmax(logits[:, chosen])
             values, places = jax.lax.top_k(probabilities, min(top, chosen.size))

@@ -11,8 +11,9 @@ from mambaout_jax.ops.activations import TANH_COEFFICIENTS
 from mambaout_jax.ops.triton_launch import launch, load, store
 
 _LANES = 128  # channels of a tile
-# Pixels of a tile, and programs: 512 and 128 for each multiprocessor of an H200.
-_ROWS, _PROGRAMS = 8, 67584
+# Pixels of a tile, and programs: as many as the second axis of a grid may have, and 128 for each
+# multiprocessor of an H200.
+_ROWS, _PROGRAMS = 8, 65535
 _GRADIENT_ROWS, _GRADIENT_PROGRAMS = 4, 16896
 _TANH_5, _TANH_4, _TANH_3, _TANH_2, _TANH_1, _TANH_0 = map(tl.constexpr, TANH_COEFFICIENTS)
 
