@@ -143,16 +143,16 @@ def test_what_changes_least_is_proposed_first():
     run = build_run(small_config())
     assert training_message(run, "why") == (
         "not enough memory on 8 devices to train test_mambaout with config.batch_size=16, 2 images "
-        "per device (why): try config.accumulate_steps=2 or config.model.remat=True or "
-        "config.mesh.fsdp=8 or more devices, with which a run may be resumed, or else "
-        "config.model.dtype=bfloat16 or a smaller config.batch_size in a new --workdir"
+        "per device (why): try config.accumulate_steps=2 (or more), config.model.remat=True, "
+        "config.mesh.fsdp=8 or the same command on more devices, with which a run may be resumed, "
+        "or else config.model.dtype=bfloat16 or a smaller config.batch_size in a new --workdir"
     )
     changed = {"accumulate_steps": 2, "model.remat": True, "mesh.fsdp": 8, "eval.batch_size": 8}
     run = build_run(small_config(**changed, **{"model.dtype": "bfloat16"}))
     assert training_message(run, "why") == (
         "not enough memory on 8 devices to train test_mambaout with config.batch_size=16, 1 image "
-        "per device in each of 2 parts (why): try more devices, with which a run may be resumed, "
-        "or else a smaller config.batch_size in a new --workdir"
+        "per device in each of 2 parts (why): try the same command on more devices, with which a "
+        "run may be resumed, or else a smaller config.batch_size in a new --workdir"
     )
     assert evaluation_message(run, "why").endswith("(why): resume the run with more devices")
 

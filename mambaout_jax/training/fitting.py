@@ -1,6 +1,7 @@
 """A run that does not fit into the memory of the devices: what to change, the least first."""
 
 import contextlib
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -27,12 +28,12 @@ def training_message(run: Run, reason: str) -> str:
     resumable, others = [], ["a smaller config.batch_size"]
     more = range(parts + 1, run.batch_size // devices + 1)
     if finer := next((n for n in more if run.batch_size % (n * devices) == 0), None):
-        resumable.append(f"config.accumulate_steps={finer}")
+        resumable.append(f"config.accumulate_steps={finer} (or more)")
     if not run.model.remat:
         resumable.append("config.model.remat=True")
     if run.mesh.shape["fsdp"] < devices:
         resumable.append(f"config.mesh.fsdp={devices}")
-    resumable.append("more devices")
+    resumable.append("the same command on more devices")
     if run.model.dtype != jnp.bfloat16:
         others.insert(0, "config.model.dtype=bfloat16")
     plan = ""
@@ -40,8 +41,8 @@ def training_message(run: Run, reason: str) -> str:
         plan = "; tools/plan_tpu.py computes beforehand what fits"
     return (
         f"not enough memory on {counted(devices, 'device')} to train {run.model_name} with "
-        f"config.batch_size={run.batch_size}, {images} ({reason}): try {' or '.join(resumable)}, "
-        f"with which a run may be resumed, or else {' or '.join(others)} in a new --workdir{plan}"
+        f"config.batch_size={run.batch_size}, {images} ({reason}): try {either(resumable)}, "
+        f"with which a run may be resumed, or else {either(others)} in a new --workdir{plan}"
     )
 
 
@@ -54,6 +55,11 @@ def evaluation_message(run: Run, reason: str) -> str:
         f"config.eval.batch_size={size}, {counted(size // devices, 'image')} per device, while it "
         f"trains ({reason}): resume the run with {smaller}"
     )
+
+
+def either(choices: Sequence[str]) -> str:
+    """Returns "A", "A or B" or "A, B or C"."""
+    return " or ".join(part for part in (", ".join(choices[:-1]), choices[-1]) if part)
 
 
 def counted(number: int, noun: str) -> str:
