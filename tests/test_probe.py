@@ -1,6 +1,9 @@
 """The command probe: features on the devices, kNN and the linear probe, against scikit-learn."""
 
+import gc
 import re
+import time
+import weakref
 
 import jax
 import numpy as np
@@ -14,10 +17,12 @@ from sklearn.preprocessing import StandardScaler
 
 from mambaout_jax import load_pretrained, preprocess_image
 from mambaout_jax.__main__ import main
+from mambaout_jax.data.loader import EvalBatches
 from mambaout_jax.data.prepared import prepared_directory
 from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.data.sources import TfdsSource
 from mambaout_jax.errors import UserError
+from mambaout_jax.inference import features
 from mambaout_jax.inference.features import SPLIT, Features
 from mambaout_jax.inference.knn import knn_accuracy
 from mambaout_jax.inference.linear_probe import fit, probe_accuracy
@@ -116,6 +121,61 @@ def test_the_command_equals_scikit_learn(tmp_path, capsys, monkeypatch):
     ours = [float(match) for match in re.findall(r"top-1 ([\d.]+)%", printed)]
     assert ours == pytest.approx(expected, abs=1e-3)
     assert expected[0] != expected[1]
+
+
+def write_folder(directory, count):
+    """Writes two splits of `count` images of noise each, of four classes."""
+    for split in ("train", "validation"):
+        for number in range(count):
+            file = directory / split / f"class{number % 4}" / f"{number:03d}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            small_weights.image(number).save(file)
+
+
+def images_on_devices():
+    """Returns the bytes of all images that are alive on the devices."""
+    return sum(array.nbytes for array in jax.live_arrays() if array.dtype == np.uint8)
+
+
+def test_the_images_of_a_few_batches_are_in_memory(tmp_path, capsys, monkeypatch):
+    """Of 30 batches a split, also where the devices are slower than the loader."""
+    batch_size, started = 8, images_on_devices()
+    on_host, computed, counts = [], [], []
+    batches, normalize = EvalBatches.__iter__, features.normalize
+
+    def counted(self):
+        for batch in batches(self):
+            images = batch["image"]
+            on_host.append(weakref.ref(images if images.base is None else images.base))
+            yield batch
+            alive = sum(array() is not None for array in on_host)
+            on_devices = (images_on_devices() - started) / images.nbytes
+            counts.append((alive, on_devices, len(on_host) - len(computed)))
+
+    def slow(images, mean, std):
+        def wait(mean):
+            time.sleep(0.01)
+            computed.append(None)
+            return np.zeros_like(mean)
+
+        pixels = normalize(images, mean, std)
+        zero = jax.ShapeDtypeStruct((), pixels.dtype)
+        return pixels + jax.pure_callback(wait, zero, pixels.mean())
+
+    monkeypatch.setattr("mambaout_jax.runtime.processes.join_processes", lambda: None)
+    monkeypatch.setattr(EvalBatches, "__iter__", counted)
+    monkeypatch.setattr(features, "normalize", slow)
+    write_folder(tmp_path / "images", 30 * batch_size)
+    weights = small_weights.write(tmp_path / "w")
+    arguments = ["--data=folder", f"--data-dir={tmp_path / 'images'}", f"--weights={weights}"]
+    assert main(["probe", *arguments, f"--batch-size={batch_size}"]) == 0
+    assert "24 features, 240 images of" in capsys.readouterr().out
+    assert len(counts) == len(computed) == 60
+    most = np.max(counts, axis=0)  # on the host, on the devices, not yet computed
+    assert (most <= (4, 2, 2)).all(), most
+    gc.collect()
+    assert not any(array() is not None for array in on_host)
+    assert images_on_devices() == started
 
 
 def test_mistakes(tmp_path, capsys, monkeypatch):

@@ -32,9 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the classes of the images; returns 1 if an image could not be decoded."""
+    from mambaout_jax.runtime.memory import memory_for
+
     options = weights_options(args)
     if args.masks:
-        return _write_masks(args, options)
+        with memory_for(lambda reason: f"not enough memory for an image ({reason}): shrink it"):
+            return _write_masks(args, options)
+    with memory_for(
+        lambda reason: (
+            f"not enough memory for {args.batch_size} images a step ({reason}): expected a smaller "
+            "--batch-size"
+        )
+    ):
+        return _print_classes(args, options)
+
+
+def _print_classes(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    """Prints the classes of the images; returns 1 if an image could not be decoded."""
     from tqdm import tqdm
 
     from mambaout_jax.inference.predictor import Predictor, find_images

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the accuracies of both."""
     from mambaout_jax.errors import UserError
+    from mambaout_jax.runtime.memory import memory_for
     from mambaout_jax.runtime.processes import joined
 
     options = weights_options(args)
@@ -50,7 +51,15 @@ def run(args: argparse.Namespace) -> int:
         if not getattr(args, name) > 0:
             flag = f"--{name.replace('_', '-')}"
             raise UserError(f"{flag} is {getattr(args, name)}: expected a number above 0")
-    with joined():
+    with (
+        joined(),
+        memory_for(
+            lambda reason: (
+                f"not enough memory for the features and {args.batch_size} images a step "
+                f"({reason}): expected a smaller --batch-size, or more devices"
+            )
+        ),
+    ):
         return _measure(args, options)
 
 

@@ -27,6 +27,7 @@ from mambaout_jax.inference.evaluate import (
     compile_eval_step,
 )
 from mambaout_jax.models.mambaout import MambaOut
+from mambaout_jax.runtime.memory import is_exhausted, memory_for
 from mambaout_jax.runtime.processes import all_or_none, check_alike, gather
 from mambaout_jax.runtime.sharding import make_mesh
 from mambaout_jax.weights.store import WeightsInfo
@@ -93,7 +94,8 @@ def evaluate_weights(
     step_options = {"mean": preprocessing.mean, "std": preprocessing.std, **(options or {})}
     step_options |= {} if subset is None else {"classes": subset}
     step = _compiled_once(model, mesh, measures.step, tuple(step_options.items()))
-    placed = jax.device_put(params, NamedSharding(mesh, P()))
+    with all_or_none(), memory_for(lambda reason: f"not enough memory for the weights ({reason})"):
+        placed = jax.block_until_ready(jax.device_put(params, NamedSharding(mesh, P())))
     devices = jax.device_count()
     batch_size = -(-batch_size // devices) * devices
     while True:
@@ -139,7 +141,7 @@ def _sum_over_processes(
         except MemoryError:
             pass
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_exhausted(error):
                 raise
     if jax.process_count() == 1:
         return sums

@@ -63,7 +63,8 @@ def extract(
 ) -> Features:
     """Returns the pooled features of all images; see the model's method `pooled`.
 
-    Memory holds them once: each step writes its own into the same arrays.
+    Memory holds them once, each step writes its own into the same arrays, and the images of two
+    batches: one is decoded and sent to the devices while they compute the one before it.
 
     Args:
         model: the network.
@@ -95,5 +96,7 @@ def extract(
     )()
     placed = jax.device_put(params, replicated)
     for index, batch in enumerate(batches):
-        features = step(features, placed, global_batch(batch, mesh), np.int32(index))
+        inputs = global_batch(batch, mesh)
+        jax.block_until_ready(features)  # or else the host would queue steps and their batches
+        features = step(features, placed, inputs, np.int32(index))
     return features

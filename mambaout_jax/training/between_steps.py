@@ -13,9 +13,11 @@ from mambaout_jax.data.workers import WorkerLostError
 from mambaout_jax.inference.evaluate import StoppedError, describe, evaluate
 from mambaout_jax.runtime import goodput
 from mambaout_jax.runtime.goodput import Goodput
+from mambaout_jax.runtime.memory import DeviceMemoryError
 from mambaout_jax.runtime.preemption import StopRequest
 from mambaout_jax.runtime.workdir import keep_record
 from mambaout_jax.training import checkpoint
+from mambaout_jax.training.fitting import memory_to_evaluate
 from mambaout_jax.training.pictures import draw
 from mambaout_jax.training.programs import Programs
 from mambaout_jax.training.progress import Progress
@@ -54,13 +56,19 @@ def evaluate_and_record(
     step, steps = position.step, run.steps
     position.losses.read()
     try:
-        with session.clock.of(goodput.EVALUATE):
+        with session.clock.of(goodput.EVALUATE), memory_to_evaluate(run):
             params = position.state.eval_params
             parts = programs.eval_step, params, run.eval_batches, run.mesh, session.stop.reached
             results = evaluate(*parts, run.task.measures.results)
     except StoppedError:
         position.evaluated = False
         return None
+    except DeviceMemoryError:
+        # As for a stop: no step is lost, and the resumed run evaluates first.
+        position.evaluated = False
+        if jax.process_count() == 1 and session.manager.latest_step() != step:
+            save(run, position, None, session, wait=True)
+        raise
     except WorkerLostError as lost:
         if jax.process_count() > 1:  # the others wait for this process's part of the evaluation
             raise
@@ -86,7 +94,7 @@ def evaluate_and_record(
         *(describe(results, digits=2), rate),
     )
     if programs.pictures is not None:
-        with session.clock.of(goodput.EVALUATE):
+        with session.clock.of(goodput.EVALUATE), memory_to_evaluate(run):
             predicted = programs.pictures.predict(params)
             if session.recorder.enabled:
                 name = f"{session.recorder.title}\nstep {step}: {describe(results, digits=2)}"

@@ -31,6 +31,7 @@ from mambaout_jax.training.between_steps import (
     log_interval,
     save,
 )
+from mambaout_jax.training.fitting import memory_to_train
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.programs import Programs, compile_programs
 from mambaout_jax.training.progress import Progress
@@ -74,6 +75,8 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
         stack.callback(clock.close)
         stack.callback(run.batches.close)
         stack.enter_context(hold_workdir(workdir, run.record, run.free_keys, run.added_keys))
+        # Inside `hold_workdir`, which removes a new workdir after a UserError.
+        stack.enter_context(memory_to_train(run))
         manager = stack.enter_context(checkpoint.open_checkpoints(workdir, run.keep_checkpoints))
         position = newest_position(run, target, manager, workdir)
         if position and position.step >= run.steps.total and position.evaluated:

@@ -13,6 +13,7 @@ from etils import epath
 
 from mambaout_jax.bucket import children
 from mambaout_jax.errors import AccessError, StorageError, UserError
+from mambaout_jax.runtime.memory import is_exhausted
 from mambaout_jax.runtime.processes import all_or_none
 from mambaout_jax.runtime.storage import cause, reading
 from mambaout_jax.training.checkpoint import items_of
@@ -132,6 +133,8 @@ def damage_as_sentence() -> Iterator[None]:
     except (StorageError, AccessError):
         raise
     except Exception as error:
+        if is_exhausted(error):  # it proves no damage
+            raise
         raise UserError(cause(error)) from error
 
 

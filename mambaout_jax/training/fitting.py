@@ -1,0 +1,67 @@
+"""A run that does not fit into the memory of the devices: what to change, the least first."""
+
+import contextlib
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from mambaout_jax.runtime.memory import memory_for
+from mambaout_jax.training.run import Run
+
+
+def memory_to_train(run: Run) -> contextlib.AbstractContextManager[None]:
+    """Reports that the state and a step of training do not fit, as `memory_for` does."""
+    return memory_for(lambda reason: training_message(run, reason))
+
+
+def memory_to_evaluate(run: Run) -> contextlib.AbstractContextManager[None]:
+    """Reports that a step of evaluation does not fit beside the state, as `memory_for` does."""
+    return memory_for(lambda reason: evaluation_message(run, reason))
+
+
+def training_message(run: Run, reason: str) -> str:
+    """Returns the sentence for a step of training; `reason` is XLA's."""
+    devices, parts = run.mesh.size, run.recipe.accumulate_steps
+    images = f"{counted(run.batch_size // (devices * parts), 'image')} per device"
+    if parts > 1:
+        images += f" in each of {parts} parts"
+    resumable, others = [], ["a smaller config.batch_size"]
+    more = range(parts + 1, run.batch_size // devices + 1)
+    if finer := next((n for n in more if run.batch_size % (n * devices) == 0), None):
+        resumable.append(f"config.accumulate_steps={finer} (or more)")
+    if not run.model.remat:
+        resumable.append("config.model.remat=True")
+    if run.mesh.shape["fsdp"] < devices:
+        resumable.append(f"config.mesh.fsdp={devices}")
+    resumable.append("the same command on more devices")
+    if run.model.dtype != jnp.bfloat16:
+        others.insert(0, "config.model.dtype=bfloat16")
+    plan = ""
+    if run.mesh.devices.flat[0].platform == "tpu":
+        plan = "; tools/plan_tpu.py computes beforehand what fits"
+    return (
+        f"not enough memory on {counted(devices, 'device')} to train {run.model_name} with "
+        f"config.batch_size={run.batch_size}, {images} ({reason}): try {either(resumable)}, "
+        f"with which a run may be resumed, or else {either(others)} in a new --workdir{plan}"
+    )
+
+
+def evaluation_message(run: Run, reason: str) -> str:
+    """Returns the sentence for a step of evaluation; `reason` is XLA's."""
+    size, devices = run.eval_batch_size, run.mesh.size
+    smaller = "a smaller config.eval.batch_size" if size > devices else "more devices"
+    return (
+        f"not enough memory on {counted(devices, 'device')} to evaluate {run.model_name} with "
+        f"config.eval.batch_size={size}, {counted(size // devices, 'image')} per device, while it "
+        f"trains ({reason}): resume the run with {smaller}"
+    )
+
+
+def either(choices: Sequence[str]) -> str:
+    """Returns "A", "A or B" or "A, B or C"."""
+    return " or ".join(part for part in (", ".join(choices[:-1]), choices[-1]) if part)
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns "1 device" or "8 devices"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
