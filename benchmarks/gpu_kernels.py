@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mambaout_jax.ops import norm, norm_triton
+from mambaout_jax.ops import norm_triton, norm_xla
 from mambaout_jax.ops.depthwise import triton_kernels, xla
 from mambaout_jax.ops.gated_conv import gpu as gated_conv
 from mambaout_jax.ops.gated_conv import xla as gated_conv_xla
@@ -115,7 +115,7 @@ def norm_cases(batch: int, dtype: str) -> Iterator[Case]:
         yield Case(
             f"{'norm':15} {'x'.join(map(str, shape))}",
             functools.partial(norm_triton.normalise, epsilon=_EPSILON, dtype=jnp.dtype(dtype)),
-            functools.partial(norm.xla_normalise, epsilon=_EPSILON, dtype=jnp.dtype(dtype)),
+            functools.partial(norm_xla.normalise, epsilon=_EPSILON, dtype=jnp.dtype(dtype)),
             (x, scale, bias),
             calls,
         )
@@ -123,7 +123,7 @@ def norm_cases(batch: int, dtype: str) -> Iterator[Case]:
             yield Case(
                 f"{name:15} {'x'.join(map(str, shape))}",
                 functools.partial(norm_triton.gradient, epsilon=_EPSILON),
-                functools.partial(norm.xla_gradient, epsilon=_EPSILON),
+                functools.partial(norm_xla.gradient, epsilon=_EPSILON),
                 (x, scale, dy, *args),
                 calls,
             )

@@ -201,7 +201,7 @@ def test_calls_are_lowered_once_before_their_program():
     text = lower_in_threads(traced, ("cuda",)).as_text()
     assert {target for target, _ in lowered} == {Target("cuda", 1)}
     main = [thread for _, thread in lowered].index(threading.main_thread())
-    assert main == 2  # a call of each shape, whose functions the program then finds in a cache
+    assert main == 2  # a call of each shape, in other threads
     assert text == traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

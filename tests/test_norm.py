@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mambaout_jax.ops import layer_norm, norm
+from mambaout_jax.ops import layer_norm, norm_xla
 from mambaout_jax.ops.sharded import on_parts
 
 EPSILON = 1e-6
@@ -58,7 +58,7 @@ def check_bfloat16_gradients_are_rounded_once(gradient, tolerance=2.0**-8):
     x, scale, _, dy, shortcut = draw((2, 5, 3, 48), jnp.bfloat16)
     wide = (array.astype(jnp.float32) for array in (x, dy, shortcut))
     x32, dy32, shortcut32 = wide
-    expected = norm.xla_gradient(x32, scale, dy32, shortcut32, epsilon=EPSILON)
+    expected = norm_xla.gradient(x32, scale, dy32, shortcut32, epsilon=EPSILON)
     got = gradient(x, scale, dy, shortcut, epsilon=EPSILON)
     assert got[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(got[0].astype(jnp.float32), expected[0], rtol=tolerance)
@@ -68,11 +68,11 @@ def check_bfloat16_gradients_are_rounded_once(gradient, tolerance=2.0**-8):
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 48), (1, 40, 30, 130)])
 def test_gradients(shape):
-    check_gradients(norm.xla_gradient, shape)
+    check_gradients(norm_xla.gradient, shape)
 
 
 def test_bfloat16_gradients_are_rounded_once():
-    check_bfloat16_gradients_are_rounded_once(norm.xla_gradient)
+    check_bfloat16_gradients_are_rounded_once(norm_xla.gradient)
 
 
 def test_each_device_runs_the_gradient_on_its_part_of_the_batch():
@@ -83,7 +83,7 @@ def test_each_device_runs_the_gradient_on_its_part_of_the_batch():
 
     def in_mesh(x, scale, dy):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            gradient = functools.partial(norm.xla_gradient, epsilon=EPSILON)
+            gradient = functools.partial(norm_xla.gradient, epsilon=EPSILON)
             return on_parts(gradient, (True, False, True), (True, False, False))(x, scale, dy)
 
     x, scale, _, dy, _ = draw((16, 3, 2, 24))

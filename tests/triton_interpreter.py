@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_norm
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_depthwise import TOLERANCE, assert_close, draw, reference, reference_filter_gradient
-from test_norm import check_bfloat16_gradients_are_rounded_once, check_gradients
 from triton_calls import MODULES, interpret
 
 from mambaout_jax.ops import norm_triton
@@ -66,18 +66,16 @@ def test_depthwise_convolution_in_several_blocks(shape, size):
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 48), (1, 40, 30, 130)])
 def test_layer_norm(shape):
-    check_gradients(norm_triton.gradient, shape)
-    random = np.random.default_rng(0)
-    x, scale, bias = (random.standard_normal(sizes) for sizes in (shape, shape[-1], shape[-1]))
-    args = [jnp.asarray(array, jnp.float32) for array in (x, scale, bias)]
-    y = norm_triton.normalise(*args, epsilon=1e-6, dtype=jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
+    test_norm.check_gradients(norm_triton.gradient, shape)
+    x, scale, bias, dy, _ = test_norm.draw(shape)
+    normalised, *_ = test_norm.reference(x, scale, dy)
+    y = norm_triton.normalise(x, scale, bias, epsilon=test_norm.EPSILON, dtype=jnp.float32)
+    expected = normalised * np.asarray(scale) + np.asarray(bias)
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=1e-5)
 
 
 def test_layer_norm_gradients_in_bfloat16_are_rounded_once():
-    check_bfloat16_gradients_are_rounded_once(norm_triton.gradient, tolerance=CUT)
+    test_norm.check_bfloat16_gradients_are_rounded_once(norm_triton.gradient, tolerance=CUT)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])

@@ -113,10 +113,10 @@ for _platform in _PLATFORMS:
 def lower_in_threads(
     traced: jax.stages.Traced, platforms: tuple[str, ...] | None = None
 ) -> jax.stages.Lowered:
-    """Lowers a traced program, and before it each distinct call in one of several threads.
+    """Lowers a traced program; before, lowers its distinct calls in several threads.
 
-    For GPUs, lowering compiles kernels, for some 20 s of a core. What a thread has compiled is not
-    compiled again.
+    Lowering for GPUs compiles kernels, which takes 15 s and more of one core. The program then
+    finds each compiled.
 
     Args:
         traced: a program.
@@ -128,7 +128,10 @@ def lower_in_threads(
     return traced.lower(lowering_platforms=platforms)
 
 
-def _calls(jaxpr: Jaxpr) -> Iterator[tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]]:
+_Call = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
+
+
+def _calls(jaxpr: Jaxpr) -> Iterator[_Call]:
     """Yields shapes and parameters of the calls in a program and in those that it contains."""
     for equation in jaxpr.eqns:
         if equation.primitive is _call_p:
@@ -142,9 +145,7 @@ def _calls(jaxpr: Jaxpr) -> Iterator[tuple[tuple[Any, ...], tuple[tuple[str, Any
                 yield from _calls(part.jaxpr if isinstance(part, ClosedJaxpr) else part)
 
 
-def _lower_alone(
-    platforms: tuple[str, ...] | None, call: tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
-) -> None:
+def _lower_alone(platforms: tuple[str, ...] | None, call: _Call) -> None:
     shapes, params = call
     # Python 3.11's `ast.parse` may fail in two threads; the kernel is then compiled later.
     with contextlib.suppress(SystemError):

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from mambaout_jax.ops import norm_xla
 from mambaout_jax.ops.kernels import kernels_usable
 from mambaout_jax.ops.lowering import Target, call_for_target
 from mambaout_jax.ops.sharded import on_parts
@@ -41,18 +41,6 @@ def layer_norm(
     return x, y
 
 
-def _per_channel(array: jax.Array, x: jax.Array) -> jax.Array:
-    return array.reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def _normalise(x: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Returns x with mean 0 and variance 1, and 1 / standard deviation, both in float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    factor = lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
-    return centred * factor, factor
-
-
 def _forward(x, scale, bias, epsilon, dtype):
     x, scale, bias = x.value, scale.value, bias.value
     return layer_norm(x, scale, bias, epsilon, dtype), (x, scale)
@@ -73,8 +61,8 @@ layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _for_target(name: str, x: jax.Array, **options: Any) -> Callable:
-    """Returns the function that is chosen when it is lowered, with the options."""
-    reference = _XLA[name]
+    """Returns the function of that name, of the module that is chosen when it is lowered."""
+    reference = getattr(norm_xla, name)
     if x.ndim <= 2:  # for vectors, as in the head, a kernel compiles longer than it saves
         return functools.partial(reference, **options)
     return functools.partial(call_for_target, _Choice(name), reference, **options)
@@ -86,33 +74,7 @@ class _Choice:
 
     def __call__(self, target: Target) -> Callable:
         if target.platform != "cuda" or not kernels_usable(target):
-            return _XLA[self.function]
+            return getattr(norm_xla, self.function)
         from mambaout_jax.ops import norm_triton
 
         return getattr(norm_triton, self.function)
-
-
-def xla_normalise(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, dtype: jnp.dtype
-) -> jax.Array:
-    """Returns the normalised x [..., C], with scale and bias [C]."""
-    normalised, _ = _normalise(x, epsilon)
-    return (normalised * _per_channel(scale, x) + _per_channel(bias, x)).astype(dtype)
-
-
-def xla_gradient(
-    x: jax.Array, scale: jax.Array, dy: jax.Array, *shortcut: jax.Array, epsilon: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of x [..., C], plus the shortcut's, of scale and of bias, [C]."""
-    normalised, factor = _normalise(x, epsilon)
-    dy = dy.astype(jnp.float32)
-    scaled = dy * _per_channel(scale, x)
-    mean = scaled.mean(-1, keepdims=True)
-    slope = (scaled * normalised).mean(-1, keepdims=True)
-    dx = factor * (scaled - mean - normalised * slope)
-    dx = sum((branch.astype(jnp.float32) for branch in shortcut), start=dx)
-    batch = tuple(range(x.ndim - 1))
-    return dx.astype(x.dtype), (dy * normalised).sum(batch), dy.sum(batch)
-
-
-_XLA: dict[str, Callable] = {"normalise": xla_normalise, "gradient": xla_gradient}

@@ -16,17 +16,17 @@ def normalise(
     x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, dtype: jnp.dtype
 ) -> jax.Array:
     """Returns the normalised x [..., C], with scale and bias [C]."""
-    tiles = _tiles(x, _TILE, _PROGRAMS)
+    programs, constants = _tiles(x, _TILE, _PROGRAMS)
     (y,) = launch(
         layer_norm,
         scale,
         bias,
         x,
         out_shape=[jax.ShapeDtypeStruct(x.shape, dtype)],
-        grid=(triton.cdiv(tiles["pixels"], tiles["rows"] * tiles["steps"]),),
+        grid=(programs,),
         num_warps=1,
         epsilon=epsilon,
-        **tiles,
+        **constants,
     )
     return y
 
@@ -35,8 +35,7 @@ def gradient(
     x: jax.Array, scale: jax.Array, dy: jax.Array, *shortcut: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of x [..., C], plus the shortcut's, of scale and of bias, [C]."""
-    tiles = _tiles(x, _GRADIENT_TILE, _GRADIENT_PROGRAMS)
-    programs = triton.cdiv(tiles["pixels"], tiles["rows"] * tiles["steps"])
+    programs, constants = _tiles(x, _GRADIENT_TILE, _GRADIENT_PROGRAMS)
     sums = jax.ShapeDtypeStruct((programs, x.shape[-1]), jnp.float32)
     (branch,) = shortcut or (dy,)
     dx, dscale, dbias = launch(
@@ -50,19 +49,20 @@ def gradient(
         num_warps=4,
         epsilon=epsilon,
         has_shortcut=bool(shortcut),
-        **tiles,
+        **constants,
     )
     return dx, dscale.sum(0), dbias.sum(0)
 
 
-def _tiles(x: jax.Array, tile: int, programs: int) -> dict[str, int]:
-    """Returns the sizes of the map and of a tile, and how many tiles a program has."""
+def _tiles(x: jax.Array, tile: int, programs: int) -> tuple[int, dict[str, int]]:
+    """Returns the number of programs, at most `programs`, and the constants of each."""
     channels = x.shape[-1]
     pixels = x.size // channels
     lanes = triton.next_power_of_2(channels)
     rows = max(tile // lanes, 1)
     steps = triton.cdiv(pixels, rows * programs)
-    return {"pixels": pixels, "channels": channels, "rows": rows, "lanes": lanes, "steps": steps}
+    sizes = {"pixels": pixels, "channels": channels, "rows": rows, "lanes": lanes, "steps": steps}
+    return triton.cdiv(pixels, rows * steps), sizes
 
 
 @triton.jit

@@ -31,8 +31,8 @@ def launch(
         out_shape: shapes and dtypes of the results.
         grid: numbers of programs.
         num_warps: of a program.
-        written: the number of an array that becomes a result, the last one. What the kernel does
-            not write to it remains.
+        written: the number of the array that becomes the last result. What the kernel does not
+            write stays as it was.
         **constants: known when the kernel is compiled.
 
     Returns:
@@ -47,8 +47,9 @@ def launch(
     options: dict[str, Any]
     if "out_type" in inspect.signature(triton_call).parameters:
         options = {"out_type": results, "backend_options": {"enable_fp_fusion": True}}
-        options |= {} if written is None else {"written_ptr": None}
-    else:  # before jax-triton 0.4, which passes a pointer to the result that is an array, too
+        if written is not None:
+            options["written_ptr"] = None
+    else:  # before jax-triton 0.4, which passes the written array's pointer as a result's again
         options = {"out_shape": results, "enable_fp_fusion": True}
     capability = compute_capability()
 

@@ -38,8 +38,8 @@ def compile_programs(
 ) -> Programs:
     """Compiles the training step, and the other programs in another thread meanwhile.
 
-    That thread starts when the training step is lowered, which compiles our GPU kernels, those of
-    the forward pass too.
+    That thread starts when the training step is lowered: it would delay the kernels for GPUs that
+    lowering compiles, and the first step waits for those of the training step.
 
     Args:
         run: its model, optimizer, recipe and mesh.

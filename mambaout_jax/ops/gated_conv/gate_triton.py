@@ -107,8 +107,9 @@ def gate_product_forward(
     """Writes the product of some rows of pixels."""
     for step in range(steps):
         first = (tl.program_id(1).to(tl.int64) * steps + step) * rows
-        row, channel, mask = _place(first, pixels, hidden, rows, lanes)
-        gate, value = _load(x_ptr, convolved_ptr, first, row, channel, mask, hidden, identity)
+        row, channel, mask, gate, value = _load(
+            x_ptr, convolved_ptr, first, pixels, hidden, identity, rows, lanes
+        )
         active, _ = _activation(gate, act, exact)
         store(y_ptr + first * hidden + (row * hidden + channel), active * value, mask)
 
@@ -136,8 +137,9 @@ def gate_product_gradient(
     value_sum = tl.zeros((rows, lanes), tl.float32)
     for step in range(steps):
         first = (tl.program_id(1).to(tl.int64) * steps + step) * rows
-        row, channel, mask = _place(first, pixels, hidden, rows, lanes)
-        gate, value = _load(x_ptr, convolved_ptr, first, row, channel, mask, hidden, identity)
+        row, channel, mask, gate, value = _load(
+            x_ptr, convolved_ptr, first, pixels, hidden, identity, rows, lanes
+        )
         place = first * 2 * hidden + (row * 2 * hidden + channel)
         conv_place = first * conv + (row * conv + channel - identity)
         dy = load(dy_ptr + first * hidden + (row * hidden + channel), mask)
@@ -156,38 +158,30 @@ def gate_product_gradient(
 
 
 @triton.jit
-def _place(
-    first,
-    pixels: tl.constexpr,
-    hidden: tl.constexpr,
-    rows: tl.constexpr,
-    lanes: tl.constexpr,
-):
-    """Returns tiles: the pixel, counted from the first, the channel, and whether both exist."""
-    tile: tl.constexpr = (rows, lanes)
-    row = tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
-    channel = tl.program_id(0) * lanes + tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
-    return row, channel, (row < pixels - first) & (channel < hidden)
-
-
-@triton.jit
 def _load(
     x_ptr,
     convolved_ptr,
     first,
-    row,
-    channel,
-    mask,
+    pixels: tl.constexpr,
     hidden: tl.constexpr,
     identity: tl.constexpr,
+    rows: tl.constexpr,
+    lanes: tl.constexpr,
 ):
-    """Returns tiles of the gate and the value."""
+    """Returns tiles of some rows of pixels: their place, the gate and the value.
+
+    The place is the pixel, counted from the first, the channel, and whether both exist.
+    """
+    tile: tl.constexpr = (rows, lanes)
     conv: tl.constexpr = hidden - identity
+    row = tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
+    channel = tl.program_id(0) * lanes + tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
+    mask = (row < pixels - first) & (channel < hidden)
     x_ptr += first * 2 * hidden + (row * 2 * hidden + channel)
     convolved_ptr += first * conv + (row * conv + channel - identity)
     value = load(x_ptr + hidden, mask & (channel < identity))
     value += load(convolved_ptr, mask & (channel >= identity))
-    return load(x_ptr, mask), value
+    return row, channel, mask, load(x_ptr, mask), value
 
 
 @triton.jit
