@@ -1,4 +1,4 @@
-"""Runs and commands that do not fit into the memory of the devices: XLA's own errors, reported."""
+"""Runs and commands that do not fit into the memory of the devices, by XLA's own errors."""
 
 import re
 import subprocess
@@ -17,8 +17,8 @@ from mambaout_jax.build import build_run
 from mambaout_jax.inference import features, predictor
 from mambaout_jax.runtime.memory import DeviceMemoryError, is_exhausted, memory_for
 from mambaout_jax.training import between_steps, restore
-from mambaout_jax.training.fitting import evaluation_message, training_message
 from mambaout_jax.training.metrics import LossMeter
+from mambaout_jax.training.out_of_memory import evaluation_message, training_message
 from mambaout_jax.weights.store import load_weights
 
 # main.py, with a step that needs more memory than there is.
@@ -179,7 +179,7 @@ def test_predict_and_probe_that_do_not_fit(tmp_path, capsys, monkeypatch):
         assert main([*arguments, f"--weights={weights}"]) == 1
         printed = capsys.readouterr().err
         assert printed.startswith(f"error: {message}")
-        assert "expected a smaller --batch-size" in printed
+        assert "try a smaller --batch-size" in printed
         assert printed.count("\n") == 1
 
 

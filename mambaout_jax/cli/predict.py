@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             return _write_masks(args, options)
     with memory_for(
         lambda reason: (
-            f"not enough memory for {args.batch_size} images a step ({reason}): expected a smaller "
+            f"not enough memory for {args.batch_size} images a step ({reason}): try a smaller "
             "--batch-size"
         )
     ):
@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_classes(args: argparse.Namespace, options: dict[str, Any]) -> int:
-    """Prints the classes of the images; returns 1 if an image could not be decoded."""
     from tqdm import tqdm
 
     from mambaout_jax.inference.predictor import Predictor, find_images

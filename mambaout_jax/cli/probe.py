@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         memory_for(
             lambda reason: (
                 f"not enough memory for the features and {args.batch_size} images a step "
-                f"({reason}): expected a smaller --batch-size, or more devices"
+                f"({reason}): try a smaller --batch-size, or more devices"
             )
         ),
     ):

@@ -63,8 +63,8 @@ def extract(
 ) -> Features:
     """Returns the pooled features of all images; see the model's method `pooled`.
 
-    Memory holds them once, each step writes its own into the same arrays, and the images of two
-    batches: one is decoded and sent to the devices while they compute the one before it.
+    Each step writes its features into the same arrays. The images of at most two batches are on the
+    devices: they compute one while the next is sent.
 
     Args:
         model: the network.
@@ -97,6 +97,6 @@ def extract(
     placed = jax.device_put(params, replicated)
     for index, batch in enumerate(batches):
         inputs = global_batch(batch, mesh)
-        jax.block_until_ready(features)  # or else the host would queue steps and their batches
+        jax.block_until_ready(features)  # else batches would queue on the devices
         features = step(features, placed, inputs, np.int32(index))
     return features

@@ -1,4 +1,4 @@
-"""The memory of the devices: how an allocation that failed is recognised and reported."""
+"""Errors of JAX that say that a device ran out of memory, as sentences."""
 
 import contextlib
 import re
@@ -11,16 +11,16 @@ from mambaout_jax.errors import UserError, first_line
 # XLA's messages of all platforms. Most begin with RESOURCE_EXHAUSTED; what is found when a program
 # is dispatched may begin with INTERNAL.
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED.*(memory|allocat)|out.of.memory", re.I | re.DOTALL)
-# The memory inside a core, which a kernel exceeds with any batch.
+# A kernel that needs more than the memory of a core does so with any batch.
 _IN_CORE = re.compile(r"shared memory|\b[sv]mem\b", re.IGNORECASE)
 
 
 class DeviceMemoryError(UserError):
-    """The memory of the devices does not suffice."""
+    """A device ran out of memory."""
 
 
 def is_exhausted(error: BaseException) -> bool:
-    """Returns whether an error is of jax, and says that a device has too little memory."""
+    """Returns whether JAX reports that a device ran out of memory."""
     if not isinstance(error, jax.errors.JaxRuntimeError):
         return False
     return bool(_EXHAUSTED.search(str(error))) and not _IN_CORE.search(str(error))
@@ -28,10 +28,11 @@ def is_exhausted(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_for(message: Callable[[str], str]) -> Iterator[None]:
-    """Reports memory of the devices that is exhausted as one sentence.
+    """Turns an error of JAX about the memory of a device into one sentence.
 
     Args:
-        message: XLA's own reason, of one line, to the sentence: what does not fit, and what to do.
+        message: returns the sentence, of what does not fit and what to do, for XLA's own reason,
+            which is one line.
 
     Raises:
         DeviceMemoryError: with the message.

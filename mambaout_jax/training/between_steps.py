@@ -17,7 +17,7 @@ from mambaout_jax.runtime.memory import DeviceMemoryError
 from mambaout_jax.runtime.preemption import StopRequest
 from mambaout_jax.runtime.workdir import keep_record
 from mambaout_jax.training import checkpoint
-from mambaout_jax.training.fitting import memory_to_evaluate
+from mambaout_jax.training.out_of_memory import memory_to_evaluate
 from mambaout_jax.training.pictures import draw
 from mambaout_jax.training.programs import Programs
 from mambaout_jax.training.progress import Progress

@@ -31,8 +31,8 @@ from mambaout_jax.training.between_steps import (
     log_interval,
     save,
 )
-from mambaout_jax.training.fitting import memory_to_train
 from mambaout_jax.training.metrics import LossMeter
+from mambaout_jax.training.out_of_memory import memory_to_train
 from mambaout_jax.training.programs import Programs, compile_programs
 from mambaout_jax.training.progress import Progress
 from mambaout_jax.training.recorder import (

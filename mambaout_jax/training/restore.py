@@ -133,7 +133,7 @@ def damage_as_sentence() -> Iterator[None]:
     except (StorageError, AccessError):
         raise
     except Exception as error:
-        if is_exhausted(error):  # it proves no damage
+        if is_exhausted(error):  # the checkpoint may be whole
             raise
         raise UserError(cause(error)) from error
 

@@ -1,4 +1,4 @@
-"""A run that does not fit into the memory of the devices: what to change, the least first."""
+"""What to change when a run does not fit into the memory of the devices, the least first."""
 
 import contextlib
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from mambaout_jax.training.run import Run
 
 
 def memory_to_train(run: Run) -> contextlib.AbstractContextManager[None]:
-    """Reports that the state and a step of training do not fit, as `memory_for` does."""
+    """Turns an error about memory in training into `training_message`, as `memory_for` does."""
     return memory_for(lambda reason: training_message(run, reason))
 
 
 def memory_to_evaluate(run: Run) -> contextlib.AbstractContextManager[None]:
-    """Reports that a step of evaluation does not fit beside the state, as `memory_for` does."""
+    """Turns one in an evaluation during training into `evaluation_message`."""
     return memory_for(lambda reason: evaluation_message(run, reason))
 
 
 def training_message(run: Run, reason: str) -> str:
-    """Returns the sentence for a step of training; `reason` is XLA's."""
+    """Returns the sentence for training; `reason` is XLA's."""
     devices, parts = run.mesh.size, run.recipe.accumulate_steps
     images = f"{counted(run.batch_size // (devices * parts), 'image')} per device"
     if parts > 1:
@@ -47,7 +47,7 @@ def training_message(run: Run, reason: str) -> str:
 
 
 def evaluation_message(run: Run, reason: str) -> str:
-    """Returns the sentence for a step of evaluation; `reason` is XLA's."""
+    """Returns the sentence for an evaluation during training; `reason` is XLA's."""
     size, devices = run.eval_batch_size, run.mesh.size
     smaller = "a smaller config.eval.batch_size" if size > devices else "more devices"
     return (
