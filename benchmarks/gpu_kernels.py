@@ -3,8 +3,9 @@
   python benchmarks/gpu_kernels.py
 
 The depthwise convolution, its input gradient and its filter gradient, the block's convolution and
-gate and their gradients, LayerNorm, and its gradient with and without a shortcut: on the maps of
-mambaout_tiny at 224 pixels, which are timed, and on odd shapes, in bfloat16 and float32. The
+gate and their gradients, LayerNorm, its gradient with and without a shortcut, and the stem up to
+its activation and its gradient: on the maps of mambaout_tiny at 224 pixels, which are timed, and on
+odd shapes, in bfloat16 and float32. The
 reference is XLA's own operation in float32 on the same inputs. An error is the largest difference
 from it, as a part of its largest absolute value; "XLA" is that of XLA's operation in the dtype of
 the inputs. A kernel may be off by float32 sums in another order, and in bfloat16 by one rounding
@@ -27,6 +28,8 @@ import numpy as np
 
 from mambaout_jax.ops import norm_triton, norm_xla
 from mambaout_jax.ops.depthwise import triton_kernels, xla
+from mambaout_jax.ops.first_conv import first_conv_triton
+from mambaout_jax.ops.first_conv import xla as first_conv_xla
 from mambaout_jax.ops.gated_conv import gpu as gated_conv
 from mambaout_jax.ops.gated_conv import xla as gated_conv_xla
 from mambaout_jax.ops.kernels import why_unusable
@@ -129,6 +132,28 @@ def norm_cases(batch: int, dtype: str) -> Iterator[Case]:
             )
 
 
+def stem_cases(batch: int, dtype: str) -> Iterator[Case]:
+    """Yields the stem up to its activation, and its gradient, for each shape."""
+    timed = [((batch, 224, 224, 3), features, _CALLS // 2) for features in (24, 48, 64)]
+    odd = [((3, side, side + 5, 3), features, 0) for side, features in ((7, 24), (32, 40))]
+    for shape, features, calls in (*timed, *odd):
+        images, height, width, _ = shape
+        maps = (images, (height + 1) // 2, (width + 1) // 2, features)
+        x, kernel, bias, dy = draw(1, shape, (3, 3, 3, features), (features,), maps, dtype=dtype)
+        scale, shift = draw(2, (features,), (features,), dtype="float32")
+        weights = (kernel, bias, scale, shift)
+        for function, args in (("forward", (x, *weights)), ("backward", (x, *weights, dy))):
+            yield Case(
+                f"stem {function:10} {'x'.join(map(str, shape))} to {features}",
+                functools.partial(
+                    getattr(first_conv_triton, function), act="gelu", epsilon=_EPSILON
+                ),
+                functools.partial(getattr(first_conv_xla, function), act="gelu", epsilon=_EPSILON),
+                args,
+                calls,
+            )
+
+
 def as_tuple(results) -> tuple[jax.Array, ...]:  # type: ignore[no-untyped-def]
     """Returns the results of a function that may return one array."""
     return tuple(results) if isinstance(results, tuple | list) else (results,)
@@ -194,7 +219,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    cases = {"depthwise": depthwise_cases, "gate": gate_cases, "norm": norm_cases}
+    cases = {
+        "depthwise": depthwise_cases,
+        "gate": gate_cases,
+        "norm": norm_cases,
+        "stem": stem_cases,
+    }
     parser.add_argument("--kernels", nargs="+", default=list(cases), choices=list(cases))
     args = parser.parse_args()
     if reason := why_unusable(Target(jax.default_backend().replace("gpu", "cuda"), 1), "cuda"):

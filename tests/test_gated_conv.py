@@ -49,7 +49,7 @@ def assert_close(found, expected, error):
 )
 def test_a_block_is_the_same_with_it(options):
     block, params, x, target = block_and_data(**options)
-    fused = block.clone(fused_gate=True)
+    fused = block.clone(fused_gpu=True)
     shapes = jax.tree.map(jnp.shape, params)
     assert jax.tree.map(jnp.shape, fused.init(jax.random.key(0), x)["params"]) == shapes
     expected = gradients(block, params, x, target)
@@ -61,7 +61,7 @@ def test_a_block_is_the_same_with_it(options):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_batch_on_a_mesh(kind):
-    block, params, x, target = block_and_data(fused_gate=True)
+    block, params, x, target = block_and_data(fused_gpu=True)
     expected = gradients(block, params, x, target)
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(kind,))
     x, target = jax.device_put((x, target), NamedSharding(mesh, PartitionSpec("batch")))
@@ -73,7 +73,7 @@ def test_gradients_are_summed_over_devices_in_the_type_that_is_asked_for():
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
     for dtype in ("float32", "bfloat16"):
         block, params, x, target = block_and_data(
-            fused_gate=True, dtype=jnp.bfloat16, gradient_dtype=jnp.dtype(dtype)
+            fused_gpu=True, dtype=jnp.bfloat16, gradient_dtype=jnp.dtype(dtype)
         )
 
         def loss(params, x, block=block, target=target):
@@ -89,12 +89,12 @@ def test_gradients_are_summed_over_devices_in_the_type_that_is_asked_for():
 def test_gpus_take_it():
     model = mambaout_jax.create_model("mambaout_tiny")
     gpu, cpu = (SimpleNamespace(platform=name, device_kind=name) for name in ("gpu", "cpu"))
-    assert on_device(model, gpu).fused_gate
-    assert not on_device(model, cpu).fused_gate
-    assert not on_device(model.clone(depthwise="xla"), gpu).fused_gate
+    assert on_device(model, gpu).fused_gpu
+    assert not on_device(model, cpu).fused_gpu
+    assert not on_device(model.clone(depthwise="xla"), gpu).fused_gpu
 
 
 def test_other_mixers_do_without_it():
-    block, params, x, target = block_and_data(token_mixer="none", fused_gate=True)
-    expected = gradients(block.clone(fused_gate=False), params, x, target)
+    block, params, x, target = block_and_data(token_mixer="none", fused_gpu=True)
+    expected = gradients(block.clone(fused_gpu=False), params, x, target)
     assert_close(gradients(block, params, x, target), expected, 0)

@@ -94,7 +94,7 @@ def test_on_gpus_the_convolution_and_the_gate_are_one_operation(tmp_path, monkey
 
     monkeypatch.setattr("mambaout_jax.inference.predictor.on_device", on_gpu)
     found = Predictor.load(path, batch_size=8)
-    assert [model.fused_gate for model in chosen] == [True]
+    assert [model.fused_gpu for model in chosen] == [True]
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     for ours, theirs in zip(
         found.predict_images(images), expected.predict_images(images), strict=True

@@ -12,7 +12,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton_calls  # noqa: E402
-from triton_calls import depthwise, gate_triton, norm_triton  # noqa: E402
+from triton_calls import depthwise, first_conv_triton, gate_triton, norm_triton  # noqa: E402
 
 
 def test_kernels_agree_with_float64_in_the_interpreter():
@@ -37,6 +37,8 @@ KERNELS = (
     "gate gradient",
     "norm",
     "norm gradient",
+    "first convolution",
+    "first convolution gradient",
 )
 
 
@@ -51,6 +53,17 @@ def calls(kernels, side, channels, dtype="bfloat16"):
         return depthwise.convolve, (x, array(7, 7, 1, channels, dtype=dtype))
     if kernels == "filter gradient":
         return partial(depthwise.filter_gradient, size=7), (x, x)
+    if kernels.startswith("first"):
+        function = (
+            first_conv_triton.backward if "gradient" in kernels else first_conv_triton.forward
+        )
+        images, kernel = (
+            array(*sizes, dtype=dtype) for sizes in ((256, 224, 224, 3), (3, 3, 3, 48))
+        )
+        dy = [array(256, 112, 112, 48, dtype=dtype)] if "gradient" in kernels else []
+        norm = [array(48, dtype="float32")] * 2
+        args = (images, kernel, array(48, dtype=dtype), *norm, *dy)
+        return partial(function, act="gelu", epsilon=1e-6), args
     hidden = array(256, side, side, 8 * channels // 3, dtype=dtype)
     wide = array(256, side, side, 16 * channels // 3, dtype=dtype)
     if kernels == "convolution from":

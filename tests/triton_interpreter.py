@@ -10,15 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_norm
+import triton.language as tl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_depthwise import TOLERANCE, assert_close, draw, reference, reference_filter_gradient
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
 from triton_calls import MODULES, interpret
 
 from mambaout_jax.ops import norm_triton
 from mambaout_jax.ops.depthwise import gpu
 from mambaout_jax.ops.depthwise import xla as xla_depthwise
+from mambaout_jax.ops.first_conv import first_conv_triton
 from mambaout_jax.ops.gated_conv import gpu as gated_conv
+from mambaout_jax.ops.patches import xla_conv
 
 MAPS = st.tuples(*[st.integers(1, high) for high in (2, 5, 16, 20)])
 # Of a bfloat16 result, as in `test_depthwise`: the interpreter cuts its last digits off.
@@ -29,6 +33,21 @@ CUT = 2.0**-7
 def interpreter(monkeypatch):
     for module in MODULES:
         monkeypatch.setattr(module, "launch", interpret)
+    builder = interpreter_builder.__class__
+    multiply = builder.create_dot
+
+    def create_dot(self, a, b, *args):
+        """Multiplies bfloat16 matrices, which the interpreter takes for those of its uint16."""
+        return multiply(self, *map(as_float32, (a, b)), *args)
+
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+
+
+def as_float32(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    data = (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return TensorHandle(data, tl.float32)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
@@ -119,3 +138,40 @@ def gated_convolution(act, x, bias, taps, conv_bias):
     )
     activation = jax.nn.silu if act == "silu" else functools.partial(jax.nn.gelu, approximate=False)
     return activation(gate) * value
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    sides=st.tuples(st.integers(1, 3), st.integers(2, 12), st.integers(2, 12)),
+    features=st.sampled_from([8, 24, 48]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    act=st.sampled_from(["gelu", "silu"]),
+    seed=st.integers(0, 99),
+)
+def test_first_convolution_agrees_with_float64(sides, features, dtype, act, seed):
+    random = np.random.default_rng(seed)
+    images, height, width = sides
+    shapes = [(*sides, 3), (3, 3, 3, features), features, features, features]
+    shapes.append((images, (height + 1) // 2, (width + 1) // 2, features))
+    *args, dy = (jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes)
+    args[3:] = (array.astype(jnp.float32) for array in args[3:])
+    options = {"act": act, "epsilon": 1e-6}
+    y = first_conv_triton.forward(*args, **options)
+    gradients = first_conv_triton.backward(*args, dy, **options)
+    with jax.enable_x64(True):
+        wide = [np.asarray(array, np.float64) for array in args]
+        expected, pull = jax.vjp(functools.partial(first_convolution, **options), *wide)
+        _, *expected_gradients = pull(jnp.asarray(dy, jnp.float64))
+    tolerance = 2 * TOLERANCE[jnp.float32] if dtype == jnp.float32 else 2 * CUT
+    for found, wanted in zip((y, *gradients), (expected, *expected_gradients), strict=True):
+        assert_close(found, np.asarray(wanted), tolerance)
+
+
+def first_convolution(images, kernel, bias, scale, shift, act, epsilon):
+    """Computes `first_conv` in float64."""
+    bias, scale, shift = (vector.reshape(1, 1, 1, -1) for vector in (bias, scale, shift))
+    x = xla_conv(images, kernel, stride=2, padding=((1, 1), (1, 1))) + bias
+    centred = x - x.mean(-1, keepdims=True)
+    variance = (centred * centred).mean(-1, keepdims=True)
+    x = centred / jnp.sqrt(variance + epsilon) * scale + shift
+    return jax.nn.silu(x) if act == "silu" else jax.nn.gelu(x, approximate=False)

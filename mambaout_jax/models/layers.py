@@ -22,6 +22,7 @@ from mambaout_jax.ops import (
 )
 from mambaout_jax.ops.patches import xla_conv
 
+EPSILON = 1e-6  # of all norms
 _FEW_CHANNELS = 8  # fewer do not fill a vector
 
 # torch's trunc_normal_(std=0.02) cuts at +-2; JAX takes the cut in standard deviations.
@@ -46,7 +47,7 @@ class LayerNorm(nn.Module):
         """[..., C] to [..., C]; `with_shortcut` returns (x, that), x to start a residual from."""
         scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:])
-        shortcut, y = layer_norm(x, scale, bias, 1e-6, self.dtype)
+        shortcut, y = layer_norm(x, scale, bias, EPSILON, self.dtype)
         return (shortcut, y) if with_shortcut else y
 
 

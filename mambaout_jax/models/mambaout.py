@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from mambaout_jax.errors import UserError, did_you_mean
 from mambaout_jax.models.layers import (
+    EPSILON,
     Conv3x3Stride2,
     Dense,
     DepthwiseConv,
@@ -43,6 +44,7 @@ from mambaout_jax.models.vit import VITS, create_vit
 from mambaout_jax.ops import (
     activate,
     few_images,
+    first_conv,
     gate_product,
     gated_block,
     gated_block_vmem,
@@ -54,22 +56,36 @@ from mambaout_jax.ops.kernels import vmem
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions of stride 2, with the activation of the blocks between them."""
+    """Two 3x3 convolutions of stride 2, with the activation of the blocks between them.
+
+    With `fused_gpu`, `ops.first_conv` computes it up to the activation, if the norm is there.
+    """
 
     width: int
     act: str = "gelu"
     first_norm: bool = True
+    fused_gpu: bool = False
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[N, H, W, 3] to [N, ceil(H / 4), ceil(W / 4), width]."""
+        x = self._fused(x) if self.fused_gpu and self.first_norm else self._first(x)
+        x = Conv3x3Stride2(self.width, **types(self), name="conv2")(x)
+        return LayerNorm(dtype=self.dtype, name="norm2")(x)
+
+    def _first(self, x: jax.Array) -> jax.Array:
         x = Conv3x3Stride2(self.width // 2, **types(self), name="conv1")(x)
         if self.first_norm:
             x = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        x = Conv3x3Stride2(self.width, **types(self), name="conv2")(activate(self.act, x))
-        return LayerNorm(dtype=self.dtype, name="norm2")(x)
+        return activate(self.act, x)
+
+    def _fused(self, x: jax.Array) -> jax.Array:
+        width = self.width // 2
+        conv = Weights((3, 3, x.shape[-1], width), name="conv1")()
+        norm = Weights((width,), nn.initializers.ones_init(), "scale", name="norm1")()
+        return first_conv(self.act, EPSILON, self.gradient_dtype, x.astype(self.dtype), conv, norm)
 
 
 class Downsample(nn.Module):
@@ -95,7 +111,7 @@ class GatedCNNBlock(nn.Module):
     `layer_scale` is the initial value of the factor on each channel of the branch; None for none.
     Blocks whose token mixer is the convolution, in bfloat16, are computed by `ops.gated_block`
     where its kernels need at most `fused_vmem` MiB of a TPU's vector memory; 0 for none. With
-    `fused_gate`, `ops.gated_conv` computes the convolution and the gate.
+    `fused_gpu`, `ops.gated_conv` computes the convolution and the gate.
     """
 
     expansion_ratio: float = 8 / 3
@@ -107,7 +123,7 @@ class GatedCNNBlock(nn.Module):
     token_mixer: str = TOKEN_MIXER
     kernel_size: int = KERNEL_SIZE
     fused_vmem: int = 0
-    fused_gate: bool = False
+    fused_gpu: bool = False
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
@@ -124,7 +140,7 @@ class GatedCNNBlock(nn.Module):
         if fusable and gated_block_vmem(width, hidden) <= self.fused_vmem * 2**20:
             return self._fused(x, hidden, conv, drop_path)
         shortcut, x = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
-        if self.fused_gate and self.token_mixer == TOKEN_MIXER:
+        if self.fused_gpu and self.token_mixer == TOKEN_MIXER:
             x = self._gated(x, hidden, conv)
         else:
             g, i, c = SplitDense(hidden, conv, **types(self), name="fc1")(x)
@@ -235,8 +251,8 @@ class MambaOut(nn.Module):
     `depthwise` names the implementation of the depthwise convolutions, see
     `mambaout_jax.ops.depthwise_conv2d`. `token_mixer` is one mixer, or one a stage with commas, see
     `models.mixers`; `kernel_size` is that of their convolutions. `remat` computes each block again
-    in the backward pass, to save memory. `fused_vmem` and `fused_gate` are those of
-    `GatedCNNBlock`; `on_device` sets them.
+    in the backward pass, to save memory. `fused_vmem` and `fused_gpu` are those of
+    `GatedCNNBlock` and `Stem`; `on_device` sets them.
 
     Raises:
         UserError: when the images are not [N, H, W, 3] with H and W of at least 32 pixels, or the
@@ -257,13 +273,19 @@ class MambaOut(nn.Module):
     token_mixer: str = TOKEN_MIXER
     kernel_size: int = KERNEL_SIZE
     fused_vmem: int = 0
-    fused_gate: bool = False
+    fused_gpu: bool = False
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
 
     def setup(self) -> None:
         """Builds the parts; the drop path rate rises linearly over the blocks of all stages."""
-        self.stem = Stem(self.widths[0], self.act, first_norm=not self.rw, **types(self))
+        self.stem = Stem(
+            self.widths[0],
+            self.act,
+            first_norm=not self.rw,
+            fused_gpu=self.fused_gpu,
+            **types(self),
+        )
         block_class = nn.remat(GatedCNNBlock, static_argnums=(2,)) if self.remat else GatedCNNBlock
         last_block = max(sum(self.depths) - 1, 1)
         mixers = stage_mixers(self.token_mixer, len(self.depths))
@@ -282,7 +304,7 @@ class MambaOut(nn.Module):
                     token_mixer=mixers[index],
                     kernel_size=self.kernel_size,
                     fused_vmem=self.fused_vmem,
-                    fused_gate=self.fused_gate,
+                    fused_gpu=self.fused_gpu,
                     **types(self),
                 )
                 for j in range(depth)
@@ -421,11 +443,12 @@ def create_model(
 def on_device(model: Any, device: jax.Device) -> Any:
     """Returns the model for programs that run on devices of this kind.
 
-    On TPUs its blocks are fused, and on NVIDIA GPUs their convolutions and gates, where `depthwise`
-    is "auto". The parameters are the same, and the results differ by rounding.
+    Where `depthwise` is "auto", its blocks are fused on TPUs, and on NVIDIA GPUs their convolutions
+    and gates and the stem's first part. The parameters are the same, and the results differ by
+    rounding.
     """
     if getattr(model, "depthwise", None) != "auto" or not hasattr(model, "fused_vmem"):
         return model
     if device.platform == "tpu":
         return model.clone(fused_vmem=vmem(device.device_kind))
-    return model.clone(fused_gate=device.platform == "gpu")
+    return model.clone(fused_gpu=device.platform == "gpu")

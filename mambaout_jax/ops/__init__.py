@@ -4,6 +4,7 @@ from mambaout_jax.ops.activations import activate, gate_product
 from mambaout_jax.ops.cpu_loop import few_images
 from mambaout_jax.ops.dense import dense, merge_dense, split_dense, split_weights
 from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
+from mambaout_jax.ops.first_conv.dispatch import first_conv
 from mambaout_jax.ops.gated_block.dispatch import gated_block, gated_block_vmem
 from mambaout_jax.ops.gated_conv.dispatch import gated_conv
 from mambaout_jax.ops.norm import layer_norm
@@ -16,6 +17,7 @@ __all__ = [
     "dense",
     "depthwise_conv2d",
     "few_images",
+    "first_conv",
     "gate_product",
     "gated_block",
     "gated_block_vmem",

@@ -20,7 +20,7 @@ _ARGUMENTS = {
     "kernel_size": "kernel_size",
 }
 # Fields that do not change what a network computes, and timm's arguments for training.
-_NO_ARGUMENTS = ("depthwise", "dtype", "fused_gate", "fused_vmem", "gradient_dtype", "remat")
+_NO_ARGUMENTS = ("depthwise", "dtype", "fused_gpu", "fused_vmem", "gradient_dtype", "remat")
 _IGNORED = ("drop_path_rate", "drop_rate", "num_classes")
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from mambaout_jax.ops.activations import TANH_COEFFICIENTS
+from mambaout_jax.ops.activation_triton import activation
 from mambaout_jax.ops.triton_launch import launch, load, store
 
 _LANES = 128  # channels of a tile
@@ -15,7 +15,6 @@ _LANES = 128  # channels of a tile
 # multiprocessor of an H200.
 _ROWS, _PROGRAMS = 8, 65535
 _GRADIENT_ROWS, _GRADIENT_PROGRAMS = 4, 16896
-_TANH_5, _TANH_4, _TANH_3, _TANH_2, _TANH_1, _TANH_0 = map(tl.constexpr, TANH_COEFFICIENTS)
 
 
 def gate_product(x: jax.Array, convolved: jax.Array, act: str) -> jax.Array:
@@ -110,7 +109,7 @@ def gate_product_forward(
         row, channel, mask, gate, value = _load(
             x_ptr, convolved_ptr, first, pixels, hidden, identity, rows, lanes
         )
-        active, _ = _activation(gate, act, exact)
+        active, _ = activation(gate, act, exact)
         store(y_ptr + first * hidden + (row * hidden + channel), active * value, mask)
 
 
@@ -143,7 +142,7 @@ def gate_product_gradient(
         place = first * 2 * hidden + (row * 2 * hidden + channel)
         conv_place = first * conv + (row * conv + channel - identity)
         dy = load(dy_ptr + first * hidden + (row * hidden + channel), mask)
-        active, slope = _activation(gate, act, exact)
+        active, slope = activation(gate, act, exact)
         dgate = dy * slope * value
         dvalue = dy * active
         store(dx_ptr + place, dgate, mask)
@@ -182,27 +181,3 @@ def _load(
     value = load(x_ptr + hidden, mask & (channel < identity))
     value += load(convolved_ptr, mask & (channel >= identity))
     return row, channel, mask, load(x_ptr, mask), value
-
-
-@triton.jit
-def _activation(x, act: tl.constexpr, exact: tl.constexpr):
-    """Returns the activation of float32 x, "gelu" or "silu", and its derivative.
-
-    Where it is not exact, the error is that of `activations.ACTIVATIONS_NEAR`.
-    """
-    if act == "gelu":
-        if exact:
-            factor = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-        else:
-            square = tl.minimum(x * x, 16.0)
-            polynomial = _TANH_5 * square + _TANH_4
-            polynomial = polynomial * square + _TANH_3
-            polynomial = polynomial * square + _TANH_2
-            polynomial = polynomial * square + _TANH_1
-            polynomial = polynomial * square + _TANH_0
-            factor = tl.sigmoid(2 * x * polynomial)  # (1 + tanh) / 2
-        slope = factor + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    else:
-        factor = tl.sigmoid(x)
-        slope = factor * (1 + x * (1 - factor))
-    return x * factor, slope

@@ -1,0 +1,1 @@
+"""The stem's first convolution, its norm and activation; `dispatch` has the network's function."""

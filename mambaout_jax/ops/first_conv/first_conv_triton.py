@@ -1,0 +1,271 @@
+"""Triton kernels of the stem up to its activation, and of its gradient, for GPUs.
+
+A tile is [pixels, features] of the result. It is the product of a tile of patches, [pixels, taps],
+with the convolution's kernel; a tap more, which is always 1, has the bias.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from mambaout_jax.ops.activation_triton import activation
+from mambaout_jax.ops.triton_launch import launch, load, store
+
+# Pixels of a tile, and programs: 32 and 8 for each multiprocessor of an H200.
+_ROWS, _PROGRAMS, _WARPS = 64, 4224, 4
+_GRADIENT_ROWS, _GRADIENT_PROGRAMS, _GRADIENT_WARPS = 64, 1056, 4
+
+
+def forward(
+    images: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    *,
+    act: str,
+    epsilon: float,
+) -> jax.Array:
+    """As `xla.forward`."""
+    shape, programs, constants = _tiles(images, kernel, _ROWS, _PROGRAMS)
+    (y,) = launch(
+        first_convolution,
+        images,
+        _matrix(kernel, bias),
+        scale,
+        shift,
+        out_shape=[jax.ShapeDtypeStruct(shape, images.dtype)],
+        grid=(programs,),
+        num_warps=_WARPS,
+        act=act,
+        epsilon=epsilon,
+        **constants,
+    )
+    return y
+
+
+def backward(
+    images: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    dy: jax.Array,
+    *,
+    act: str,
+    epsilon: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """As `xla.backward`."""
+    _, programs, constants = _tiles(images, kernel, _GRADIENT_ROWS, _GRADIENT_PROGRAMS)
+    matrix = _matrix(kernel, bias)
+    sums = jax.ShapeDtypeStruct((programs, *matrix.shape), jnp.float32)
+    channel_sums = jax.ShapeDtypeStruct((programs, 2, scale.size), jnp.float32)
+    dmatrix, dnorm = launch(
+        first_convolution_gradient,
+        images,
+        matrix,
+        scale,
+        shift,
+        dy,
+        out_shape=[sums, channel_sums],
+        grid=(programs,),
+        num_warps=_GRADIENT_WARPS,
+        act=act,
+        epsilon=epsilon,
+        **constants,
+    )
+    dmatrix, dnorm = dmatrix.sum(0), dnorm.sum(0)
+    return dmatrix[:-1].reshape(kernel.shape), dmatrix[-1], dnorm[0], dnorm[1]
+
+
+def _matrix(kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns the kernel as [9 C + 1, F], with the bias in its last row."""
+    return jnp.concatenate((kernel.reshape(-1, bias.size), bias[None]))
+
+
+def _tiles(
+    images: jax.Array, kernel: jax.Array, rows: int, programs: int
+) -> tuple[tuple[int, ...], int, dict[str, Any]]:
+    """Returns the shape of the result, the number of programs, and the constants of each."""
+    count, height, width, channels = images.shape
+    features = kernel.shape[-1]
+    shape = (count, (height + 1) // 2, (width + 1) // 2, features)
+    pixels = shape[0] * shape[1] * shape[2]
+    steps = triton.cdiv(pixels, rows * programs)
+    constants = {
+        "pixels": pixels,
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "features": features,
+        "rows": rows,
+        "taps": max(triton.next_power_of_2(9 * channels + 1), 16),
+        "lanes": max(triton.next_power_of_2(features), 16),
+        "steps": steps,
+        "exact": images.dtype == jnp.float32,
+    }
+    return shape, triton.cdiv(pixels, rows * steps), constants
+
+
+@triton.jit
+def first_convolution(
+    images_ptr,
+    matrix_ptr,
+    scale_ptr,
+    shift_ptr,
+    y_ptr,
+    pixels: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
+    features: tl.constexpr,
+    rows: tl.constexpr,
+    taps: tl.constexpr,
+    lanes: tl.constexpr,
+    steps: tl.constexpr,
+    act: tl.constexpr,
+    epsilon: tl.constexpr,
+    exact: tl.constexpr,
+):
+    """Writes the activation of some rows of pixels."""
+    lane = tl.arange(0, lanes)
+    matrix = _load_matrix(matrix_ptr, channels, features, taps, lanes)
+    scale = load(scale_ptr + lane, lane < features)[None, :]
+    shift = load(shift_ptr + lane, lane < features)[None, :]
+    row = tl.arange(0, rows)
+    for step in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + step) * rows
+        patches = _load_patches(images_ptr, first, pixels, height, width, channels, rows, taps)
+        normalised, _ = _normalised(patches, matrix, features, lanes, epsilon, exact)
+        active, _ = activation(normalised * scale + shift, act, exact)
+        mask = (row < pixels - first)[:, None] & (lane < features)[None, :]
+        store(y_ptr + first * features + (row[:, None] * features + lane[None, :]), active, mask)
+
+
+@triton.jit
+def first_convolution_gradient(
+    images_ptr,
+    matrix_ptr,
+    scale_ptr,
+    shift_ptr,
+    dy_ptr,
+    dmatrix_ptr,
+    dnorm_ptr,
+    pixels: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
+    features: tl.constexpr,
+    rows: tl.constexpr,
+    taps: tl.constexpr,
+    lanes: tl.constexpr,
+    steps: tl.constexpr,
+    act: tl.constexpr,
+    epsilon: tl.constexpr,
+    exact: tl.constexpr,
+):
+    """Writes the sums of the weights' gradients over some rows of pixels."""
+    lane = tl.arange(0, lanes)
+    matrix = _load_matrix(matrix_ptr, channels, features, taps, lanes)
+    scale = load(scale_ptr + lane, lane < features)[None, :]
+    shift = load(shift_ptr + lane, lane < features)[None, :]
+    row = tl.arange(0, rows)
+    dmatrix = tl.zeros((taps, lanes), tl.float32)
+    dscale = tl.zeros((rows, lanes), tl.float32)
+    dshift = tl.zeros((rows, lanes), tl.float32)
+    for step in range(steps):
+        first = (tl.program_id(0).to(tl.int64) * steps + step) * rows
+        mask = (row < pixels - first)[:, None] & (lane < features)[None, :]
+        dy = load(dy_ptr + first * features + (row[:, None] * features + lane[None, :]), mask)
+        patches = _load_patches(images_ptr, first, pixels, height, width, channels, rows, taps)
+        normalised, factor = _normalised(patches, matrix, features, lanes, epsilon, exact)
+        _, slope = activation(normalised * scale + shift, act, exact)
+        dy *= slope
+        dscale += dy * normalised
+        dshift += dy
+        dy *= scale
+        part = tl.sum(dy * normalised, axis=1, keep_dims=True) / features
+        mean = tl.sum(dy, axis=1, keep_dims=True) / features
+        # A column of zeros: where there is no feature, dy and normalised are 0, but not the mean.
+        dconv = tl.where(mask, factor * (dy - mean - normalised * part), 0)
+        dmatrix += _product(tl.trans(patches), dconv.to(patches.dtype), exact)
+    tap = tl.arange(0, taps)[:, None]
+    place = (tl.program_id(0) * (9 * channels + 1) + tap) * features + lane[None, :]
+    mask = (tap <= 9 * channels) & (lane < features)[None, :]
+    store(dmatrix_ptr + place, dmatrix, mask)
+    place = dnorm_ptr + tl.program_id(0) * 2 * features + lane
+    store(place, tl.sum(dscale, axis=0), lane < features)
+    store(place + features, tl.sum(dshift, axis=0), lane < features)
+
+
+@triton.jit
+def _load_matrix(
+    matrix_ptr,
+    channels: tl.constexpr,
+    features: tl.constexpr,
+    taps: tl.constexpr,
+    lanes: tl.constexpr,
+):
+    """Returns the kernel and the bias, [taps, features], in the dtype of the array."""
+    tap = tl.arange(0, taps)[:, None]
+    lane = tl.arange(0, lanes)[None, :]
+    mask = (tap <= 9 * channels) & (lane < features)
+    return tl.load(matrix_ptr + tap * features + lane, mask=mask, other=0)
+
+
+@triton.jit
+def _load_patches(
+    images_ptr,
+    first,
+    pixels: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    channels: tl.constexpr,
+    rows: tl.constexpr,
+    taps: tl.constexpr,
+):
+    """Returns the patches of some pixels, in the dtype of the images, with a tap of ones."""
+    out_width: tl.constexpr = (width + 1) // 2
+    out_height: tl.constexpr = (height + 1) // 2
+    image = first // (out_width * out_height)
+    pixel = (first % (out_width * out_height)).to(tl.int32) + tl.arange(0, rows)
+    top = pixel // out_width % out_height * 2 - 1
+    left = pixel % out_width * 2 - 1
+    tap = tl.arange(0, taps)
+    y = top[:, None] + (tap // (3 * channels))[None, :]
+    x = left[:, None] + (tap // channels % 3)[None, :]
+    mask = (tl.arange(0, rows) < pixels - first)[:, None] & (tap < 9 * channels)[None, :]
+    mask = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    corner = ((pixel // (out_width * out_height) * height + top) * width + left) * channels
+    offset = (tap // (3 * channels) * width + tap // channels % 3) * channels + tap % channels
+    images_ptr += image * (height * width * channels)
+    one = (tap == 9 * channels)[None, :].to(tl.float32).to(images_ptr.dtype.element_ty)
+    return tl.load(images_ptr + (corner[:, None] + offset[None, :]), mask=mask, other=one)
+
+
+@triton.jit
+def _normalised(
+    patches,
+    matrix,
+    features: tl.constexpr,
+    lanes: tl.constexpr,
+    epsilon: tl.constexpr,
+    exact: tl.constexpr,
+):
+    """Returns the convolution with mean 0 and variance 1, and 1 / standard deviation."""
+    lane = tl.arange(0, lanes)[None, :]
+    convolved = _product(patches, matrix, exact)  # 0 where there is no feature
+    mean = tl.sum(convolved, axis=1, keep_dims=True) / features
+    centred = tl.where(lane < features, convolved - mean, 0)
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / features
+    factor = tl.rsqrt(variance + epsilon)
+    return centred * factor, factor
+
+
+@triton.jit
+def _product(a, b, exact: tl.constexpr):
+    """Returns the float32 matrix product."""
+    return tl.dot(a, b, input_precision="ieee" if exact else "tf32")
