@@ -141,7 +141,7 @@ def main() -> None:
     if args.measure:
         side, batch = json.loads(args.measure)
         started = time.perf_counter()
-        print_rates(started, batch, *(ours if side == "ours" else theirs)(batch))
+        print_rates(started, batch, 10, *(ours if side == "ours" else theirs)(batch))
         return
     base = run_side(__file__, "UperNet-Tiny train torch", ["theirs", args.batch], 0.0)
     rate = run_side(__file__, "UperNet-Tiny train ours", ["ours", args.batch], base)

@@ -1,4 +1,4 @@
-r"""Compares training and inference on one GPU with timm under torch.compile, in images/s.
+r"""Compares training, inference and latency on one GPU with timm under torch.compile, in images/s.
 
 Each side runs in its own process with the GPU to itself. The two sides of a model run one after
 the other in the same run of this script:
@@ -7,12 +7,21 @@ the other in the same run of this script:
 
 Both compute in bfloat16, ours also in others of --dtypes, at 224 pixels from images and labels that
 lie on the GPU, with random weights, label smoothing 0.1, the paper's drop path and AdamW. timm runs
-with channels_last, autocast, fused AdamW and torch.compile. Median of several rounds. A ratio above
-1 means that this package is faster.
+with channels_last, autocast, fused AdamW and torch.compile, in each of --timm_modes. Median of
+several rounds. A ratio above 1 means that this package is faster.
+
+"latency" is inference that waits for each batch. Our weights are then constants of the program, as
+in `Predictor`:
+
+  python benchmarks/gpu_step.py --modes latency --batch=1 --timm_modes reduce-overhead
 
 The first row is the base of the ratios. If a row fails, its error is printed, the others follow,
-and the exit status is 1. For the cost of an SSM in the last two stages, with each implementation of
-the selective scan:
+and the exit status is 1. Other sizes, beside XLA's convolutions:
+
+  python benchmarks/gpu_step.py --models mambaout_femto --no_timm --depthwise xla auto \
+      --size 97 131 --batch=17
+
+For the cost of an SSM in the last two stages, with each implementation of the selective scan:
 
   python benchmarks/gpu_step.py --models mambaout_tiny --modes train --batch=128 --no_timm \
       --token_mixers conv conv,conv,conv_ssm,conv_ssm --scans pallas_gpu chunked scan
@@ -34,8 +43,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_SIZE = 224  # pixels
-_ROUNDS, _STEPS = 7, 10
+_ROUNDS = 7
+_STEPS = {"train": 10, "infer": 10, "latency": 100}  # of a round
 _DROP_PATH = {
     "mambaout_femto": 0.025,
     "mambaout_kobe": 0.025,
@@ -47,7 +56,7 @@ _DROP_PATH = {
 
 def ours(
     model: str,
-    batch: int,
+    shape: tuple[int, int, int],
     mode: str,
     depthwise: str,
     token_mixer: str = "conv",
@@ -79,23 +88,30 @@ def ours(
     )
     network = on_device(network, jax.devices()[0])
 
-    shapes = jax.eval_shape(functools.partial(init_params, model=network, size=(_SIZE, _SIZE)), key)
+    batch, *size = shape
+    shapes = jax.eval_shape(functools.partial(init_params, model=network, size=tuple(size)), key)
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(0.02 * random.standard_normal(leaf.shape, np.float32)), shapes
     )
-    images = jax.random.normal(key, (batch, _SIZE, _SIZE, 3), jnp.float32)
+    images = jax.random.normal(key, (*shape, 3), jnp.float32)
+    options = compiler_options("gpu")
+    if mode == "latency":
+        answer = jax.jit(
+            lambda images: network.apply({"params": params}, images), compiler_options=options
+        )
+        return lambda: answer(images).block_until_ready(), lambda: None, peak_memory
     if mode == "infer":
         apply = jax.jit(
             lambda params, images: network.apply({"params": params}, images),
-            compiler_options=compiler_options("gpu"),
+            compiler_options=options,
         )
-        answer = [apply(params, images)]
+        last = [apply(params, images)]
 
         def call() -> None:
-            answer[0] = apply(params, images)
+            last[0] = apply(params, images)
 
-        return call, lambda: answer[0].block_until_ready(), peak_memory
+        return call, lambda: last[0].block_until_ready(), peak_memory
     optimizer = optax.adamw(1e-3, weight_decay=0.05, mask=decay_mask)
     labels = jax.nn.one_hot(jnp.arange(batch) % 1000, 1000)
     inputs = {"image": images, "target": optax.smooth_labels(labels, 0.1)}
@@ -103,7 +119,7 @@ def ours(
     step = jax.jit(
         functools.partial(update_step, model=network, optimizer=optimizer, recipe=recipe),
         donate_argnums=0,
-        compiler_options=compiler_options("gpu"),
+        compiler_options=options,
     )
     state = [init_state(params, optimizer, ema=False)]
 
@@ -122,7 +138,7 @@ def peak_memory() -> int:
 
 
 def theirs(
-    model: str, batch: int, mode: str
+    model: str, shape: tuple[int, int, int], mode: str, compile_mode: str
 ) -> tuple[Callable[[], None], Callable, Callable[[], int]]:
     """Returns the same as `ours`, of timm's network."""
     import timm
@@ -132,16 +148,19 @@ def theirs(
     torch.set_float32_matmul_precision("high")
     network = timm.create_model(model, drop_path_rate=_DROP_PATH[model]).cuda()
     network = network.to(memory_format=torch.channels_last)
-    images = torch.randn(batch, 3, _SIZE, _SIZE, device="cuda")
+    batch, *size = shape
+    images = torch.randn(batch, 3, *size, device="cuda")
     images = images.to(memory_format=torch.channels_last)
     labels = torch.arange(batch, device="cuda") % 1000
-    compiled = torch.compile(network)
-    if mode == "infer":
+    compiled = torch.compile(network, mode=compile_mode)
+    if mode != "train":
         network.eval()
 
         def infer() -> None:
             with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
                 compiled(images)
+            if mode == "latency":
+                torch.cuda.synchronize()
 
         return infer, torch.cuda.synchronize, torch.cuda.max_memory_allocated
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05, fused=True)
@@ -160,26 +179,27 @@ def theirs(
 def measure(side: str, *job: Any) -> None:
     """Prints one side's images/s, peak memory, and seconds before its first step was done."""
     started = time.perf_counter()
-    print_rates(started, job[1], *(ours if side == "ours" else theirs)(*job))
+    _, (batch, *_), mode, *_ = job
+    print_rates(started, batch, _STEPS[mode], *(ours if side == "ours" else theirs)(*job))
 
 
 def print_rates(
-    started: float, batch: int, call: Callable, wait: Callable, peak: Callable[[], int]
+    started: float, batch: int, steps: int, call: Callable, wait: Callable, peak: Callable[[], int]
 ) -> None:
     """Times rounds of calls, and prints what `run_side` reads."""
     call()
     wait()
     seconds = time.perf_counter() - started
-    for _ in range(_STEPS):
+    for _ in range(steps):
         call()
     wait()
     rates = []
     for _ in range(_ROUNDS):
         started = time.perf_counter()
-        for _ in range(_STEPS):
+        for _ in range(steps):
             call()
         wait()
-        rates.append(batch * _STEPS / (time.perf_counter() - started))
+        rates.append(batch * steps / (time.perf_counter() - started))
     rate = statistics.median(rates)
     print(json.dumps({"rate": rate, "rates": rates, "first": seconds, "peak": peak()}))
 
@@ -211,21 +231,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", default=list(_DROP_PATH), choices=list(_DROP_PATH))
-    parser.add_argument("--modes", nargs="+", default=["train", "infer"])
+    choice = {"nargs": "+", "default": ["train", "infer"], "choices": list(_STEPS)}
+    parser.add_argument("--modes", **choice)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--size", nargs=2, type=int, default=[224, 224], help="height, width")
     parser.add_argument("--depthwise", nargs="+", default=["auto"], help="config.model.depthwise")
     parser.add_argument("--token_mixers", nargs="+", default=["conv"], help="of ours")
     parser.add_argument(
         "--scans", nargs="+", default=["auto"], help="implementations of ops.selective_scan"
     )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="of ours")
+    parser.add_argument("--timm_modes", nargs="+", default=["default"], help="of torch.compile")
     parser.add_argument("--no_timm", action="store_true", help="measure ours alone")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure(*json.loads(args.measure))
         return
-    sides: list[tuple[str, ...]] = [] if args.no_timm else [("timm",)]
+    modes = [] if args.no_timm else args.timm_modes
+    sides: list[tuple[str, ...]] = [("timm", mode) for mode in modes]
     sides += [
         ("ours", depthwise, token_mixer, scan, dtype)
         for depthwise in args.depthwise
@@ -239,7 +263,7 @@ def main() -> None:
             base = 0.0
             for number, (side, *options) in enumerate(sides):
                 name = f"{model:16} {mode:5} {' '.join((side, *options))}"
-                job = [side, model, args.batch, mode, *options]
+                job = [side, model, (args.batch, *args.size), mode, *options]
                 rate = run_side(__file__, name, job, base)
                 base = base if number else rate
                 failed |= math.isnan(rate)

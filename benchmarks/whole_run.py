@@ -93,7 +93,7 @@ def our_run(options: argparse.Namespace, model: str, source: str) -> tuple[float
 
 def bare_step(options: argparse.Namespace, model: str) -> float:
     """Returns images/s of our update alone."""
-    job = json.dumps(["ours", model, options.batch, "train", "auto"])
+    job = json.dumps(["ours", model, (options.batch, 224, 224), "train", "auto"])
     command = [sys.executable, "benchmarks/gpu_step.py", "--measure", job]
     text = run(command, options.output / f"{model}-step.log")
     return json.loads(next(line for line in text.splitlines() if line.startswith("{")))["rate"]

@@ -1,4 +1,4 @@
-"""The convolution of images, as a product of patches on CPUs."""
+"""Convolutions with a stride, as products of patches."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mambaout_jax.models.layers import Conv3x3Stride2
-from mambaout_jax.ops.patches import image_conv, patch_product, xla_conv
+from mambaout_jax.ops.patches import patch_product, strided_conv, xla_conv
 
 PADDINGS = {(3, 2): ((1, 1), (1, 1)), (4, 4): ((0, 0), (0, 0)), (3, 1): ((2, 0), (0, 1))}
 
@@ -36,7 +36,7 @@ def test_gradients_are_those_of_the_convolution():
     def loss(function, *args):
         return (function(*args) ** 2).sum()
 
-    ours = functools.partial(image_conv, stride=2, padding=PADDINGS[3, 2])
+    ours = functools.partial(strided_conv, stride=2, padding=PADDINGS[3, 2])
     reference = functools.partial(xla_conv, stride=2, padding=PADDINGS[3, 2])
     got = jax.grad(loss, (1, 2))(lambda x, kernel: ours(x, kernel), *args)
     expected = jax.grad(loss, (1, 2))(reference, *args)
@@ -53,9 +53,24 @@ def test_the_layer_takes_the_paddings_that_jax_names():
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_only_cpus_multiply_patches(platform):
-    call = jax.jit(lambda x, kernel: image_conv(x, kernel, 2, PADDINGS[3, 2]))
-    text = call.trace(*draw(3)).lower(lowering_platforms=(platform,)).as_text()
-    assert ("stablehlo.convolution" in text) == (platform != "cpu")
-    assert ("stablehlo.dot_general" in text) == (platform == "cpu")
+IMAGES, MAPS = (1, 224, 224, 3), (8, 56, 56, 96)
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "dtype", "patches"),
+    [
+        ("cpu", IMAGES, "float32", True),
+        ("cpu", (256, 224, 224, 3), "float32", True),
+        ("cpu", IMAGES, "bfloat16", False),
+        ("cpu", MAPS, "float32", False),
+        ("tpu", IMAGES, "float32", False),
+        ("cuda", MAPS, "bfloat16", True),
+        ("cuda", (256, 56, 56, 96), "bfloat16", False),
+    ],
+)
+def test_patches_are_multiplied_where_that_is_faster(platform, shape, dtype, patches):
+    x, kernel = (jax.ShapeDtypeStruct(s, dtype) for s in (shape, (3, 3, shape[-1], 5)))
+    call = jax.jit(lambda x, kernel: strided_conv(x, kernel, 2, PADDINGS[3, 2]))
+    text = call.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.convolution" in text) != patches
+    assert ("stablehlo.dot_general" in text) == patches

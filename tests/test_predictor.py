@@ -75,7 +75,7 @@ def test_on_tpus_each_device_runs_the_kernels_on_its_part_of_the_batch(tmp_path)
     overrides = {**small_weights.INFO.overrides, "depthwise": "auto"}
     predictor = Predictor.load(small_weights.write(tmp_path / "w", overrides=overrides))
     images = jax.ShapeDtypeStruct((64, 32, 32, 3), np.uint8, sharding=predictor._split)
-    traced = predictor._best.trace(predictor._params, images)
+    traced = predictor._best.trace(*predictor._weights, images)
     program = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" in program
     assert "manual_computation" in program

@@ -34,6 +34,9 @@ from mambaout_jax.runtime.compilation import compiler_options
 from mambaout_jax.weights.info import WeightsInfo
 from mambaout_jax.weights.load import read_weights
 
+# Of a GPU's program that has its weights as constants. With few images, passing hundreds of arrays
+# takes longer than computing, and XLA rounds constants once.
+_FEW_IMAGES, _CONSTANT_BYTES = 32, 2**27
 _THREADS = 16  # that read and decode files; Pillow decodes without the interpreter's lock
 
 
@@ -118,7 +121,7 @@ class Predictor:
         model = on_device(model, mesh.devices.flat[0])
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self._split = NamedSharding(mesh, P("batch"))
-        self._params = jax.device_put(params, NamedSharding(mesh, P()))
+        self._weights: tuple[Any, ...] = (jax.device_put(params, NamedSharding(mesh, P())),)
 
         def best(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for the kernels
@@ -127,8 +130,14 @@ class Predictor:
             values, places = jax.lax.top_k(probabilities, min(top, chosen.size))
             return values, chosen[places]
 
-        options = compiler_options(mesh.devices.flat[0].platform, inference=True)
-        self._best = jax.jit(best, out_shardings=self._split, compiler_options=options)
+        function: Callable = best
+        platform = mesh.devices.flat[0].platform
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        few = self.batch_size <= _FEW_IMAGES and size <= _CONSTANT_BYTES
+        if few and platform == "gpu" and mesh.size == 1:
+            function, self._weights = functools.partial(best, *self._weights), ()
+        options = compiler_options(platform, inference=True)
+        self._best = jax.jit(function, out_shardings=self._split, compiler_options=options)
 
     @classmethod
     def load(
@@ -210,7 +219,8 @@ class Predictor:
 
     def _dispatch(self, images: np.ndarray) -> tuple[jax.Array, jax.Array]:
         padding = ((0, self.batch_size - len(images)), (0, 0), (0, 0), (0, 0))
-        return self._best(self._params, jax.device_put(np.pad(images, padding), self._split))
+        images = jax.device_put(np.pad(images, padding), self._split)
+        return self._best(*self._weights, images)
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:

@@ -14,16 +14,15 @@ import jax.numpy as jnp
 from mambaout_jax.ops import (
     dense,
     depthwise_conv2d,
-    image_conv,
     layer_norm,
     merge_dense,
     split_dense,
+    strided_conv,
     weighted,
 )
 from mambaout_jax.ops.patches import xla_conv
 
 EPSILON = 1e-6  # of all norms
-_FEW_CHANNELS = 8  # fewer do not fill a vector
 
 # torch's trunc_normal_(std=0.02) cuts at +-2; JAX takes the cut in standard deviations.
 kernel_init = nn.initializers.truncated_normal(0.02, lower=-2 / 0.02, upper=2 / 0.02)
@@ -64,9 +63,10 @@ class Conv3x3Stride2(nn.Module):
         """[N, H, W, C] to [N, ceil(H / 2), ceil(W / 2), features]."""
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        images = x.shape[-1] < _FEW_CHANNELS and self.dtype == jnp.float32
-        function = _convolve_images if images else convolve
-        strided = functools.partial(function, stride=2, padding=self.padding)
+        padding = self.padding
+        if isinstance(padding, str):
+            padding = jax.lax.padtype_to_pads(x.shape[1:3], (3, 3), (2, 2), padding)
+        strided = functools.partial(_halve, padding=tuple(padding))
         return weighted(strided, self.gradient_dtype, x.astype(self.dtype), kernel, bias)
 
 
@@ -78,13 +78,10 @@ def convolve(
     return y if bias is None else y + bias.reshape(1, 1, 1, -1)
 
 
-def _convolve_images(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride: int, padding: Any
+def _halve(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array, *, padding: tuple[tuple[int, int], ...]
 ) -> jax.Array:
-    if isinstance(padding, str):
-        strides = (stride, stride)
-        padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    return image_conv(x, kernel, stride, tuple(padding)) + bias.reshape(1, 1, 1, -1)
+    return strided_conv(x, kernel, 2, padding) + bias.reshape(1, 1, 1, -1)
 
 
 class Dense(nn.Module):

@@ -8,7 +8,7 @@ from mambaout_jax.ops.first_conv.dispatch import first_conv
 from mambaout_jax.ops.gated_block.dispatch import gated_block, gated_block_vmem
 from mambaout_jax.ops.gated_conv.dispatch import gated_conv
 from mambaout_jax.ops.norm import layer_norm
-from mambaout_jax.ops.patches import image_conv
+from mambaout_jax.ops.patches import strided_conv
 from mambaout_jax.ops.selective_scan.dispatch import selective_scan
 from mambaout_jax.ops.weighted import weighted
 
@@ -22,11 +22,11 @@ __all__ = [
     "gated_block",
     "gated_block_vmem",
     "gated_conv",
-    "image_conv",
     "layer_norm",
     "merge_dense",
     "selective_scan",
     "split_dense",
     "split_weights",
+    "strided_conv",
     "weighted",
 ]

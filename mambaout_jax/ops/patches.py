@@ -1,7 +1,9 @@
-"""Convolution of images, whose few channels fill no vector of a CPU.
+"""Convolutions with a stride, as matrix products of patches where those are faster.
 
-XLA's CPU backend gathers such images element by element. As a matrix product of their patches, the
-first convolution of a network takes half of the time or less; docs/performance.md has the figures.
+XLA's CPU backend gathers images, whose few channels fill no vector, element by element. As a
+product of patches, the first convolution of a network takes half of the time or less. On GPUs,
+cuDNN's convolutions are not part of XLA's CUDA graphs, and with few images launching takes longer
+than computing. docs/performance.md has the figures.
 """
 
 import functools
@@ -14,9 +16,12 @@ from jax import lax
 
 from mambaout_jax.ops.lowering import Target, call_for_target
 
+_FEW_CHANNELS = 8  # fewer do not fill a vector of a CPU
+_FEW_TAPS = 2**24  # elements of all patches; 8 images of mambaout_base have 14 million
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def image_conv(
+def strided_conv(
     x: jax.Array, kernel: jax.Array, stride: int, padding: tuple[tuple[int, int], ...]
 ) -> jax.Array:
     """Convolves [N, H, W, C] with a kernel [k, k, C, features]: [N, H', W', features].
@@ -24,7 +29,7 @@ def image_conv(
     Reverse-mode differentiation only; the derivatives are those of XLA's convolution.
 
     Args:
-        x: images.
+        x: images or maps.
         kernel: of x's dtype.
         stride: in rows and columns.
         padding: pixels before and after the rows, and the columns.
@@ -40,17 +45,29 @@ def _backward(stride: int, padding: Any, pull: Callable, dy: jax.Array):
     return pull(dy)
 
 
-image_conv.defvjp(_forward, _backward)
+strided_conv.defvjp(_forward, _backward)
 
 
 def _choose(target: Target) -> Callable:
-    return patch_product if target.platform == "cpu" and not target.symbolic else xla_conv
+    if target.symbolic:
+        return xla_conv
+    return {"cpu": _on_cpu, "cuda": _on_gpu}.get(target.platform, xla_conv)
+
+
+def _on_cpu(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    images = x.shape[-1] < _FEW_CHANNELS and x.dtype == jnp.float32
+    return (patch_product if images else xla_conv)(x, kernel, **options)
+
+
+def _on_gpu(x: jax.Array, kernel: jax.Array, *, stride: int, padding: Any) -> jax.Array:
+    few = x.size * kernel.shape[0] ** 2 // stride**2 <= _FEW_TAPS
+    return (patch_product if few else xla_conv)(x, kernel, stride=stride, padding=padding)
 
 
 def xla_conv(
     x: jax.Array, kernel: jax.Array, *, stride: int, padding: str | Sequence[tuple[int, int]]
 ) -> jax.Array:
-    """Computes `image_conv` by XLA's convolution; the padding may be one that JAX names."""
+    """Computes `strided_conv` by XLA's convolution; the padding may be one that JAX names."""
     layout, strides = ("NHWC", "HWIO", "NHWC"), (stride, stride)
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
 
@@ -58,7 +75,7 @@ def xla_conv(
 def patch_product(
     x: jax.Array, kernel: jax.Array, *, stride: int, padding: Sequence[tuple[int, int]]
 ) -> jax.Array:
-    """Computes `image_conv` as a matrix product of patches [N H' W', k k C]."""
+    """Computes `strided_conv` as a matrix product of patches [N H' W', k k C]."""
     size = kernel.shape[0]
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     height, width = ((side - size) // stride + 1 for side in x.shape[1:3])
