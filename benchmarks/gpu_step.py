@@ -15,7 +15,7 @@ and the exit status is 1. For the cost of an SSM in the last two stages, with ea
 the selective scan:
 
   python benchmarks/gpu_step.py --models mambaout_tiny --modes train --batch=128 --no_timm \
-      --token_mixers conv conv,conv,conv_ssm,conv_ssm --scans pallas_gpu chunked scan
+      --token_mixers conv conv,conv,conv_ssm,conv_ssm --scans triton chunked scan
 
 and for the cost of float32:
 

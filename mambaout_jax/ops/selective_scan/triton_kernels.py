@@ -23,7 +23,7 @@ _TILE = (4, 8)  # states, channels
 _CHANNELS = 16  # of a program
 _STEPS = 4  # tokens at a time
 _WARPS = 1
-_LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 def forward(
