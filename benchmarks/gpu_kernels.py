@@ -3,15 +3,14 @@
   python benchmarks/gpu_kernels.py
 
 The depthwise convolution, its input gradient and its filter gradient, the block's convolution and
-gate and their gradients, LayerNorm, its gradient with and without a shortcut, and the stem up to
-its activation and its gradient: on the maps of mambaout_tiny at 224 pixels, which are timed, and on
-odd shapes, in bfloat16 and float32. The
-reference is XLA's own operation in float32 on the same inputs. An error is the largest difference
-from it, as a part of its largest absolute value; "XLA" is that of XLA's operation in the dtype of
-the inputs. A kernel may be off by float32 sums in another order, and in bfloat16 by one rounding
-besides. A time, in microseconds, is that of one call in a program of several, each with its own
-arrays: the median of several rounds. A failure is printed, the rest is still checked, and the
-status is 1 at the end.
+gate and their gradients, LayerNorm, its gradient with and without a shortcut, the stem up to its
+activation and its gradient, and the selective scan and its gradients: on the maps of mambaout_tiny
+at 224 pixels, which are timed, and on odd shapes, in bfloat16 and float32. The reference is XLA's
+own operation in float32 on the same inputs. An error is the largest difference from it, as a part
+of its largest absolute value; "XLA" is that of XLA's operation in the dtype of the inputs. A kernel
+may be off by float32 sums in another order, and in bfloat16 by one rounding besides. A time, in
+microseconds, is that of one call in a program of several, each with its own arrays: the median of
+several rounds. A failure is printed, the rest is still checked, and the status is 1 at the end.
 """
 
 import argparse
@@ -34,9 +33,14 @@ from mambaout_jax.ops.gated_conv import gpu as gated_conv
 from mambaout_jax.ops.gated_conv import xla as gated_conv_xla
 from mambaout_jax.ops.kernels import why_unusable
 from mambaout_jax.ops.lowering import Target
+from mambaout_jax.ops.selective_scan import triton_kernels as scan_kernels
+from mambaout_jax.ops.selective_scan import xla as scan_xla
 
 _STAGES = ((56, 96), (28, 192), (14, 384), (7, 576))  # side and channels of tiny's maps at 224
 _ODD = ((7, 24), (9, 100), (13, 341), (31, 24))
+_STATES = 16
+# Images, tokens, channels and states.
+_ODD_SCANS = ((3, 1, 24, 1), (3, 37, 100, 16), (2, 169, 341, 31))
 _EPSILON = 1e-6
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-7}
 _ROUNDS, _RUNS = 5, 5
@@ -154,6 +158,30 @@ def stem_cases(batch: int, dtype: str) -> Iterator[Case]:
             )
 
 
+def scan_cases(batch: int, dtype: str) -> Iterator[Case]:
+    """Yields the scan, which keeps states, and its gradients, for each shape."""
+    stages = [((batch, side * side, c, _STATES), _CALLS // 4) for side, c in _STAGES]
+    for (n, length, channels, states), calls in (*stages, *((shape, 0) for shape in _ODD_SCANS)):
+        tokens, coefficients = (n, length, channels), (n, length, states)
+        x, dy, b, c = draw(1, tokens, tokens, coefficients, coefficients, dtype=dtype)
+        steps, d = draw(2, tokens, (channels,), dtype="float32")
+        a = -jnp.broadcast_to(jnp.arange(1.0, 1 + states), (channels, states))
+        args = (x, jax.nn.softplus(steps - 4), a, b, c, d)
+        forward, reference = (
+            functools.partial(module.forward, keep=True) for module in (scan_kernels, scan_xla)
+        )
+        name = "x".join(map(str, (n, length, channels)))
+        yield Case(f"{'scan':15} {name} S {states}", forward, reference, args, calls)
+        _, kept = jax.jit(reference)(*args)
+        yield Case(
+            f"{'scan gradient':15} {name} S {states}",
+            scan_kernels.backward,
+            scan_xla.backward,
+            (*args, kept, dy),
+            calls,
+        )
+
+
 def as_tuple(results) -> tuple[jax.Array, ...]:  # type: ignore[no-untyped-def]
     """Returns the results of a function that may return one array."""
     return tuple(results) if isinstance(results, tuple | list) else (results,)
@@ -224,6 +252,7 @@ def main() -> None:
         "gate": gate_cases,
         "norm": norm_cases,
         "stem": stem_cases,
+        "scan": scan_cases,
     }
     parser.add_argument("--kernels", nargs="+", default=list(cases), choices=list(cases))
     args = parser.parse_args()

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--model", default="mambaout_tiny")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--stages", type=int, nargs="+", default=[3, 2, 1, 0])
-    parser.add_argument("--scans", nargs="+", default=["pallas_gpu", "chunked", "scan"])
+    parser.add_argument("--scans", nargs="+", default=["triton", "chunked", "scan"])
     parser.add_argument("--bandwidth", type=float, default=3.35, help="TB/s; 3.35 is an H100's")
     parser.add_argument(
         "--exponentials", type=float, default=3.7, help="10^12 a second; 16 x 132 x 1.755 GHz"

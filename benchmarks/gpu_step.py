@@ -24,7 +24,7 @@ and the exit status is 1. Other sizes, beside XLA's convolutions:
 For the cost of an SSM in the last two stages, with each implementation of the selective scan:
 
   python benchmarks/gpu_step.py --models mambaout_tiny --modes train --batch=128 --no_timm \
-      --token_mixers conv conv,conv,conv_ssm,conv_ssm --scans pallas_gpu chunked scan
+      --token_mixers conv conv,conv,conv_ssm,conv_ssm --scans triton chunked scan
 
 and for the cost of float32:
 

@@ -1,5 +1,6 @@
 """Kernels load when they are used; where they cannot be, XLA's operations are, with a warning."""
 
+import functools
 import subprocess
 import sys
 import threading
@@ -11,13 +12,13 @@ import numpy as np
 import pytest
 
 from mambaout_jax.errors import UserError
-from mambaout_jax.ops import depthwise_conv2d, kernels, layer_norm
+from mambaout_jax.ops import depthwise_conv2d, kernels, layer_norm, selective_scan
 from mambaout_jax.ops.gated_conv.dispatch import gated_conv
 from mambaout_jax.ops.lowering import Target, call_for_target, lower_in_threads
 
 NO_TRITON = """
 import json, logging, os, sys
-for name in ("triton", "jax_triton", "jax.experimental.pallas.triton"):
+for name in ("triton", "jax_triton"):
     sys.modules[name] = None  # import raises ModuleNotFoundError
 os.environ["JAX_PLATFORMS"] = "cpu"
 logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
@@ -130,6 +131,37 @@ def test_programs_for_a_gpu_call_the_kernels(gpu, capability):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("@triton_kernel_call") == 4  # the norm, and three gradients
         assert "stablehlo.convolution" not in text
+
+
+def test_a_scan_for_a_gpu_calls_its_kernels_which_threads_compile(gpu, monkeypatch):
+    pytest.importorskip(
+        "jax_triton", reason="jax-triton or jax-cuda13-plugin is missing", exc_type=ImportError
+    )
+    gpu("9.0")
+    from mambaout_jax.ops.selective_scan import triton_kernels
+
+    threads, launch = [], triton_kernels.launch
+
+    def recorded(kernel, *args, **options):
+        threads.append((kernel.__name__, threading.current_thread()))
+        return launch(kernel, *args, **options)
+
+    monkeypatch.setattr(triton_kernels, "launch", recorded)
+
+    def loss(implementation, *args):
+        return selective_scan(*args, implementation=implementation).sum()
+
+    x, a, b, d = jnp.ones((2, 37, 24)), -jnp.ones((24, 5)), jnp.ones((2, 37, 5)), jnp.ones(24)
+    for implementation in ("auto", "triton"):
+        gradients = jax.jit(jax.grad(functools.partial(loss, implementation), tuple(range(6))))
+        text = lower_in_threads(gradients.trace(x, x, a, b, b, d), ("cuda",)).as_text()
+        assert text.count("@triton_kernel_call") == 2
+    main = threading.main_thread()
+    for names in (
+        sorted(name for name, thread in threads if (thread is main) == wanted)
+        for wanted in (True, False)
+    ):
+        assert names == 2 * ["selective_scan"] + 2 * ["selective_scan_gradient"]
 
 
 def test_the_convolution_of_a_gated_block_is_written_in_place(gpu):

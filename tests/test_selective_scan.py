@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mambaout_jax.errors import UserError
 from mambaout_jax.ops import kernels, selective_scan
-from mambaout_jax.ops.selective_scan import pallas_gpu
+from mambaout_jax.ops.selective_scan import xla
 from mambaout_jax.ops.selective_scan.xla import CHUNK
 
 ALL = tuple(range(6))
@@ -68,27 +69,6 @@ def test_chunks_equal_the_scan_and_the_loop_in_float64(length):
         expected = (ends[0] - ends[1]) / 2e-6
         found = (np.float64(plain[1 + argument]) * direction).sum()
         assert abs(found - expected) < 2e-4 * max(1, abs(expected))
-
-
-def check_kernel(length, **sizes):
-    args, weight = example(length, **sizes)
-    run = functools.partial(output_and_gradients, in_float32(args), np.float32(weight))
-    for ours, theirs in zip(run("pallas_gpu"), run("scan"), strict=True):
-        scale = max(1, float(jnp.abs(theirs).max()))
-        np.testing.assert_allclose(ours / scale, theirs / scale, rtol=0, atol=1e-5)
-
-
-def test_the_kernel_equals_the_scan_in_small_tiles(monkeypatch):
-    # Two chunks, the second in part; two blocks of channels, tiles of states and of tokens.
-    for name, value in {"_TILE": (2, 4), "_CHANNELS": 4, "_STEPS": 2}.items():
-        monkeypatch.setattr(pallas_gpu, name, value)
-    check_kernel(CHUNK + 3, channels=6, state=3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("length", "channels", "state"), [(1, 3, 4), (49, 40, 16), (33, 16, 32)])
-def test_the_kernel_equals_the_scan(length, channels, state):
-    check_kernel(length, channels=channels, state=state)
 
 
 def test_auto_is_chunked_for_more_than_one_chunk_and_keeps_no_state_of_each_step():
@@ -155,8 +135,10 @@ def test_bad_arguments():
         selective_scan(*(array[:, :0] if array.ndim == 3 else array for array in args))
     with pytest.raises(UserError, match="unknown implementation 'fast' of selective_scan"):
         selective_scan(*args, implementation="fast")
-    with pytest.raises(UserError, match="'pallas_gpu' takes at most 32 states, got 33"):
-        selective_scan(*in_float32(example(5, state=33)[0]), implementation="pallas_gpu")
+    with pytest.raises(UserError, match="'triton' takes at most 32 states, got 33"):
+        selective_scan(*in_float32(example(5, state=33)[0]), implementation="triton")
+    with pytest.raises(UserError, match="'triton' cannot be used, choose 'auto': its kernels are"):
+        output_and_gradients(args, args[0], "triton")
 
 
 @pytest.mark.parametrize(
@@ -173,26 +155,29 @@ def test_auto_takes_the_kernel_on_a_gpu(length, state, capability, expected, mon
 
 
 def kernel_calls(monkeypatch, capability):
-    """Returns a list that grows with each use of the kernel; no GPU here compiles it."""
+    """Returns a list that grows with each use of the kernel; `chunked` is lowered in its place."""
     monkeypatch.setattr(kernels, "compute_capability", lambda: capability)
     kernels._warn_once.cache_clear()
-    called, forward = [], pallas_gpu.forward
+    called = []
 
-    def counted(*args, **options):
+    def forward(*args, **options):
         called.append(options)
-        return forward(*args, interpret=True, **options)
+        return xla.forward(*args, **options)
 
-    monkeypatch.setattr(pallas_gpu, "forward", counted)
+    for name in ("jax_triton", "mambaout_jax.ops.selective_scan.triton_kernels"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(forward=forward))
     return called
 
 
-def test_auto_does_without_pallas_back_end(monkeypatch, caplog):
+def test_auto_does_without_jax_triton(monkeypatch, caplog):
     called = kernel_calls(monkeypatch, (9, 0))
-    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
     traced = jax.jit(lambda *args: selective_scan(*args)).trace(*in_float32(example(40)[0]))
     traced.lower(lowering_platforms=("cuda",))
     assert not called
-    assert "has no jax.experimental.pallas.triton" in caplog.text
+    (record,) = caplog.records
+    assert record.message.startswith("using XLA's slower selective scans")
+    assert "jax_triton is not installed" in record.message
 
 
 def test_a_program_for_any_batch_takes_no_kernel(monkeypatch):

@@ -12,7 +12,15 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton_calls  # noqa: E402
-from triton_calls import depthwise, first_conv_triton, gate_triton, norm_triton  # noqa: E402
+from triton_calls import (  # noqa: E402
+    depthwise,
+    first_conv_triton,
+    gate_triton,
+    norm_triton,
+    selective_scan,
+)
+
+from mambaout_jax.ops.selective_scan.xla import CHUNK  # noqa: E402
 
 
 def test_kernels_agree_with_float64_in_the_interpreter():
@@ -39,6 +47,8 @@ KERNELS = (
     "norm gradient",
     "first convolution",
     "first convolution gradient",
+    "scan",
+    "scan gradient",
 )
 
 
@@ -77,7 +87,21 @@ def calls(kernels, side, channels, dtype="bfloat16"):
         return partial(gate_triton.gate_gradient, act="gelu"), (wide, x, hidden)
     if kernels == "norm":
         return partial(norm_triton.normalise, epsilon=1e-6, dtype=x.dtype), (x, scale, scale)
-    return partial(norm_triton.gradient, epsilon=1e-6), (x, scale, x, x)
+    if kernels == "norm gradient":
+        return partial(norm_triton.gradient, epsilon=1e-6), (x, scale, x, x)
+    return scan_calls(kernels, side * side, channels, 16, dtype)
+
+
+def scan_calls(kernels, length, channels, states, dtype):
+    """As `calls`."""
+    x, b = array(256, length, channels, dtype=dtype), array(256, length, states, dtype=dtype)
+    delta, a, d = (
+        array(*shape, dtype="float32") for shape in (x.shape, (channels, states), (channels,))
+    )
+    if kernels == "scan":
+        return partial(selective_scan.forward, keep=True), (x, delta, a, b, b, d)
+    kept = array(256, triton.cdiv(length, CHUNK), states, channels, dtype="float32")
+    return selective_scan.backward, (x, delta, a, b, b, d, kept, x)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
@@ -85,8 +109,22 @@ def calls(kernels, side, channels, dtype="bfloat16"):
 def test_kernels_compile_and_keep_their_sums_in_registers(
     kernels, capability, monkeypatch, tmp_path
 ):
+    check_registers(*calls(kernels, 14, 384), capability, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("states", [1, 32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_scans_of_fewest_and_most_states_keep_them_in_registers(
+    dtype, states, monkeypatch, tmp_path
+):
+    for kernels in ("scan", "scan gradient"):
+        function, args = scan_calls(kernels, 37, 341, states, dtype)
+        check_registers(function, args, 80, monkeypatch, tmp_path)
+
+
+def check_registers(function, args, capability, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # jax-triton unsets it
-    (call,) = triton_calls.recorded(monkeypatch, *calls(kernels, 14, 384))
+    (call,) = triton_calls.recorded(monkeypatch, function, args)
     file = tmp_path / "kernel.cubin"
     file.write_bytes(call.compile(capability).asm["cubin"])
     cuobjdump = triton.knobs.nvidia.cuobjdump.path

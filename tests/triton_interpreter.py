@@ -14,6 +14,7 @@ import triton.language as tl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_depthwise import TOLERANCE, assert_close, draw, reference, reference_filter_gradient
+from test_selective_scan import example, loop
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 from triton_calls import MODULES, interpret
 
@@ -23,6 +24,8 @@ from mambaout_jax.ops.depthwise import xla as xla_depthwise
 from mambaout_jax.ops.first_conv import first_conv_triton
 from mambaout_jax.ops.gated_conv import gpu as gated_conv
 from mambaout_jax.ops.patches import xla_conv
+from mambaout_jax.ops.selective_scan import triton_kernels as scan_kernels
+from mambaout_jax.ops.selective_scan import xla as xla_scan
 
 MAPS = st.tuples(*[st.integers(1, high) for high in (2, 5, 16, 20)])
 # Of a bfloat16 result, as in `test_depthwise`: the interpreter cuts its last digits off.
@@ -175,3 +178,55 @@ def first_convolution(images, kernel, bias, scale, shift, act, epsilon):
     variance = (centred * centred).mean(-1, keepdims=True)
     x = centred / jnp.sqrt(variance + epsilon) * scale + shift
     return jax.nn.silu(x) if act == "silu" else jax.nn.gelu(x, approximate=False)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "length", "channels", "states"),
+    [(1, 1, 3, 1), (3, 18, 17, 5), (1, 37, 1, 16), (1, 16, 24, 9), (3, 5, 7, 32)],
+)
+def test_selective_scan_agrees_with_float64(n, length, channels, states, dtype):
+    check_scan(length, dtype, n=n, channels=channels, state=states)
+
+
+def test_selective_scan_in_small_tiles(monkeypatch):
+    """Two chunks, the second in part; two blocks of channels, tiles of states and of tokens."""
+    for name, value in {"_TILE": (2, 4), "_CHANNELS": 4, "_STEPS": 2}.items():
+        monkeypatch.setattr(scan_kernels, name, value)
+    check_scan(xla_scan.CHUNK + 3, jnp.float32, channels=6, state=3)
+
+
+def check_scan(length, dtype, **sizes):
+    """Checks y, the states and all gradients; delta, a and d are float32, as in the network."""
+    (x, delta, a, b, c, d), dy = example(length, **sizes)
+    x, b, c, dy = (jnp.asarray(array, dtype) for array in (x, b, c, dy))
+    delta, a, d = (jnp.asarray(array, jnp.float32) for array in (delta, a, d))
+    args = x, delta, a, b, c, d
+    y, states = scan_kernels.forward(*args, keep=True)
+    (alone,) = scan_kernels.forward(*args, keep=False)
+    np.testing.assert_array_equal(y, alone)
+    gradients = scan_kernels.backward(*args, states, dy)
+    with jax.enable_x64(True):
+        wide = [np.asarray(array, np.float64) for array in args]
+        expected, pull = jax.vjp(scan_in_float64, *wide)
+        expected = expected, *pull(jnp.asarray(dy, jnp.float64))
+    np.testing.assert_allclose(expected[0], loop(*wide), rtol=1e-12, atol=1e-12)
+    for array, found, wanted in zip((x, *args), (y, *gradients), expected, strict=True):
+        assert found.dtype == array.dtype
+        tolerance = CUT if found.dtype == jnp.bfloat16 else 1e-5
+        assert_close(found, np.asarray(wanted), tolerance)
+    _, kept = xla_scan.forward(*args, keep=True)
+    np.testing.assert_allclose(states, kept, rtol=1e-5, atol=1e-5)
+
+
+def scan_in_float64(x, delta, a, b, c, d):
+    """Computes `selective_scan` in float64."""
+
+    def step(h, token):
+        x, delta, b, c = token
+        h = jnp.exp(delta[..., None] * a[None]) * h + (delta * x)[..., None] * b[:, None]
+        return h, (h * c[:, None]).sum(-1)
+
+    tokens = [jnp.moveaxis(array, 1, 0) for array in (x, delta, b, c)]
+    _, y = jax.lax.scan(step, jnp.zeros((len(x), *a.shape)), tokens)
+    return jnp.moveaxis(y, 0, 1) + d[None, None] * x

@@ -26,7 +26,7 @@ def activation(x, act: tl.constexpr, exact: tl.constexpr):
             factor = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         else:
             bounded = tl.minimum(square, 16.0)
-            polynomial = _P_5 * bounded + _P_4
+            polynomial = bounded * _P_5 + _P_4
             polynomial = polynomial * bounded + _P_3
             polynomial = polynomial * bounded + _P_2
             polynomial = polynomial * bounded + _P_1
@@ -34,7 +34,7 @@ def activation(x, act: tl.constexpr, exact: tl.constexpr):
             # (1 + tanh(y)) / 2 = 1 / (1 + exp(-2 y)); a division takes more operations.
             root = tl.rsqrt(1 + tl.exp2(x * polynomial))
             factor = root * root
-        slope = factor + x * tl.exp2(_DENSITY * square) * 0.3989422804014327
+        slope = factor + x * tl.exp2(square * _DENSITY) * 0.3989422804014327
     else:
         factor = tl.sigmoid(x)
         slope = factor * (1 + x * (1 - factor))

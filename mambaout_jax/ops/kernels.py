@@ -20,21 +20,18 @@ _VMEM = {
     "TPU v6e": 128,
 }
 _LEAST_VMEM = 16
-_COMPILER = "jax_triton"
 _CHIPS = {"cuda": "NVIDIA GPUs", "tpu": "TPUs"}
 _LEAST_CAPABILITY = (8, 0)  # of the GPUs that Triton compiles for
 
 
 def kernels_usable(
-    target: Target,
-    operations: str = "depthwise convolutions and layer norm gradients",
-    compiler: str = _COMPILER,
+    target: Target, operations: str = "depthwise convolutions and layer norm gradients"
 ) -> bool:
     """Returns whether the kernels of the target's platform can be used; if not, warns once.
 
-    The warning names the operations; `compiler` is as in `why_unusable`.
+    The warning names the operations.
     """
-    reason = why_unusable(target, target.platform, compiler)
+    reason = why_unusable(target, target.platform)
     if reason:
         _warn_once(
             f"using XLA's slower {operations} instead of the {target.platform} kernels: {reason}"
@@ -42,11 +39,8 @@ def kernels_usable(
     return not reason
 
 
-def why_unusable(target: Target, platform: str, compiler: str = _COMPILER) -> str:
-    """Returns why the kernels of "cuda" or "tpu" cannot be used for the target, "" if they can.
-
-    `compiler` is the module that compiles those of "cuda".
-    """
+def why_unusable(target: Target, platform: str) -> str:
+    """Returns why the kernels of "cuda" or "tpu" cannot be used for the target, "" if they can."""
     if target.platform != platform:
         return f"its kernels are for {_CHIPS[platform]}, and this program is for {target.platform}"
     if target.symbolic:
@@ -56,10 +50,10 @@ def why_unusable(target: Target, platform: str, compiler: str = _COMPILER) -> st
             f"XLA cannot split a kernel over {target.devices} devices; call the model inside "
             "`with jax.set_mesh(mesh):`, or with images that jax.device_put has put on the mesh"
         )
-    return _why_no_triton(compiler) if target.platform == "cuda" else ""
+    return _why_no_triton() if target.platform == "cuda" else ""
 
 
-def _why_no_triton(compiler: str) -> str:
+def _why_no_triton() -> str:
     capability = compute_capability()
     if capability is None:
         return "they are compiled for the GPU of this machine, and JAX finds none"
@@ -67,10 +61,8 @@ def _why_no_triton(compiler: str) -> str:
         least, found = (".".join(map(str, pair)) for pair in (_LEAST_CAPABILITY, capability))
         return f"they need a GPU of compute capability {least} or higher, and this one has {found}"
     try:
-        importlib.import_module(compiler)
+        importlib.import_module("jax_triton")
     except ModuleNotFoundError as error:
-        if compiler.startswith("jax."):
-            return f"jax {jax.__version__} has no {compiler}"
         return f"{error.name} is not installed (pip install 'mambaout_jax[cuda]')"
     except ImportError as error:
         return str(error)

@@ -6,7 +6,7 @@ for each channel on its own, with a state of S numbers and h_0 = 0 (Gu and Dao, 
 Algorithm 2, with B_bar = delta B as its implementation has it).
 
 `scan` is one step after the other. The others keep one state in `CHUNK` steps for the gradient:
-`chunked` in JAX operations, `pallas_gpu` as kernels for NVIDIA GPUs.
+`chunked` in JAX operations, `triton` as kernels for NVIDIA GPUs.
 """
 
 import dataclasses
@@ -24,8 +24,7 @@ from mambaout_jax.ops.selective_scan import xla
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts
 
 KERNEL_STATES = 32  # at most, of a channel
-_COMPILER = "jax.experimental.pallas.triton"  # deprecated since jax 0.11
-IMPLEMENTATIONS = ("auto", "scan", "chunked", "pallas_gpu")
+IMPLEMENTATIONS = ("auto", "scan", "chunked", "triton")
 
 
 def selective_scan(
@@ -47,14 +46,14 @@ def selective_scan(
         b: [N, L, S].
         c: [N, L, S].
         d: [E].
-        implementation: "scan", "chunked", "pallas_gpu", or "auto": "scan" for sequences of one
-            chunk; for longer ones "pallas_gpu" on NVIDIA GPUs, and "chunked" elsewhere or, with a
-            warning, where the kernels cannot be used. They take at most 32 states, and run in
-            Pallas' interpreter, slowly, on other platforms than NVIDIA GPUs.
+        implementation: "scan", "chunked", "triton", or "auto": "scan" for sequences of one chunk;
+            for longer ones "triton" on NVIDIA GPUs, and "chunked" elsewhere or, with a warning,
+            where the kernels cannot be used. They take at most 32 states.
 
     Raises:
         UserError: when the shapes do not match, the implementation is unknown or takes fewer
-            states, and while lowering, when a kernel that is chosen by name cannot be used.
+            states, and while lowering, when a kernel that is chosen by name cannot be used, as
+            "triton" for other platforms than NVIDIA GPUs.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
@@ -63,9 +62,9 @@ def selective_scan(
         )
     _check_shapes(x, delta, a, b, c, d)
     states = a.shape[1]
-    if implementation == "pallas_gpu" and states > KERNEL_STATES:
+    if implementation == "triton" and states > KERNEL_STATES:
         raise UserError(
-            f"selective_scan's 'pallas_gpu' takes at most {KERNEL_STATES} states, got {states}"
+            f"selective_scan's 'triton' takes at most {KERNEL_STATES} states, got {states}"
         )
     if implementation == "auto" and x.shape[1] <= xla.CHUNK:
         implementation = "scan"
@@ -133,14 +132,13 @@ class _Choice:
     function: str
 
     def __call__(self, target: Target) -> Callable:
-        name, cuda = self.implementation, target.platform == "cuda"
+        name = self.implementation
         if name == "auto":
-            usable = cuda and kernels_usable(target, "selective scans", _COMPILER)
-            name = "pallas_gpu" if usable else "chunked"
+            usable = target.platform == "cuda" and kernels_usable(target, "selective scans")
+            name = "triton" if usable else "chunked"
         if name == "chunked":
             return getattr(xla, self.function)
-        if cuda and (reason := why_unusable(target, "cuda", _COMPILER)):
+        if reason := why_unusable(target, "cuda"):
             raise UserError(f"selective_scan's {name!r} cannot be used, choose 'auto': {reason}")
-        module = importlib.import_module("mambaout_jax.ops.selective_scan.pallas_gpu")
-        function = getattr(module, self.function)
-        return function if cuda else functools.partial(function, interpret=True)
+        module = importlib.import_module("mambaout_jax.ops.selective_scan.triton_kernels")
+        return getattr(module, self.function)
