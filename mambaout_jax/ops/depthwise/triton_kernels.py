@@ -17,8 +17,9 @@ import triton.language as tl
 from mambaout_jax.ops.triton_launch import launch, load, store
 
 _WIDE = 14  # columns that a program sums at once; half as many on narrower maps
-FILTER_TILE = (8, 64)  # rows of taps, channels
-_FILTER_ROWS = 16  # rows of the maps that a program of the filter gradient sums
+# Of the filter gradient: rows of dy that a thread takes at once, its channels, most taps that it
+# sums, warps of a program, and programs: 8 warps for each multiprocessor of an H200.
+_STRIP, _CHANNELS, _TAPS, _WARPS, _PROGRAMS = 2, 2, 49, 4, 264
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -108,27 +109,35 @@ def filter_gradient(x: jax.Array, dy: jax.Array, size: int) -> jax.Array:
     x is [N, H, W, P]: its last C channels were convolved.
     """
     images, height, width, channels = dy.shape
-    tap_rows, lanes = max(FILTER_TILE[0], triton.next_power_of_2(size)), FILTER_TILE[1]
-    parts = triton.cdiv(images * height, _FILTER_ROWS)
+    tap_rows = min(size, max(_TAPS // size, 1))
+    lanes = next((n for n in (64, 32, 16) if channels % n == 0), 32)
+    rows = 32 * _WARPS * _CHANNELS // lanes
+    strip = min(_STRIP, height)
+    tiles = triton.cdiv(images * triton.cdiv(height, strip), rows)
+    blocks = triton.cdiv(channels, lanes) * triton.cdiv(size, tap_rows)
+    steps = triton.cdiv(tiles * blocks, _PROGRAMS)
+    parts = triton.cdiv(tiles, steps)
     (gradient,) = launch(
         depthwise_filter_gradient,
         x,
         dy,
-        out_shape=[jax.ShapeDtypeStruct((parts, size, tap_rows, channels), jnp.float32)],
-        grid=(triton.cdiv(channels, lanes), parts),
-        num_warps=4,
+        out_shape=[jax.ShapeDtypeStruct((parts, size, size, channels), jnp.float32)],
+        grid=(blocks, parts),
+        num_warps=_WARPS,
         images=images,
         height=height,
         width=width,
         channels=channels,
         pitch=x.shape[-1],
         size=size,
-        rows=_FILTER_ROWS,
         tap_rows=tap_rows,
+        strip=strip,
+        rows=rows,
         lanes=lanes,
-        columns=_columns(width),
+        steps=steps,
+        unroll=min(size * triton.cdiv(4, size), width),
     )
-    return gradient.sum(0)[:, :size].transpose(1, 0, 2)[:, :, None]
+    return gradient.sum(0)[:, :, None]
 
 
 def _columns(width: int) -> int:
@@ -351,46 +360,90 @@ def depthwise_filter_gradient(
     channels: tl.constexpr,
     pitch: tl.constexpr,
     size: tl.constexpr,
-    rows: tl.constexpr,
     tap_rows: tl.constexpr,
+    strip: tl.constexpr,
+    rows: tl.constexpr,
     lanes: tl.constexpr,
-    columns: tl.constexpr,
+    steps: tl.constexpr,
+    unroll: tl.constexpr,
 ):
-    """Writes the sums over a few rows of the maps; a tile is [rows of taps, channels]."""
+    """Writes the sums over some strips of rows; a tile is [strips, channels].
+
+    A thread goes along its strip. It keeps the columns of dy that the taps of one column of x meet
+    in registers, and the sums of its taps.
+    """
     edge: tl.constexpr = size // 2
-    tile: tl.constexpr = (tap_rows, lanes)
-    blocks: tl.constexpr = (width + columns - 1) // columns
+    tile: tl.constexpr = (rows, lanes)
+    groups: tl.constexpr = (size + tap_rows - 1) // tap_rows
+    x_rows: tl.constexpr = strip + tap_rows - 1
+    of_image: tl.constexpr = (height + strip - 1) // strip
+    blocks: tl.constexpr = (width + unroll - 1) // unroll
     part = tl.program_id(1)
-    tap_row = tl.broadcast_to(tl.arange(0, tap_rows)[:, None], tile)
-    channel = tl.program_id(0) * lanes + tl.broadcast_to(tl.arange(0, lanes)[None, :], tile)
+    first_tap = tl.program_id(0) % groups * tap_rows
+    lane = tl.program_id(0) // groups * lanes + tl.arange(0, lanes)
+    channel = tl.broadcast_to(lane[None, :], tile)
     x_ptr += pitch - channels
-    sums = [tl.zeros(tile, tl.float32)] * size
-    for index in range(rows * blocks):
-        row = part.to(tl.int64) * rows + index // blocks
-        first_column = index % blocks * columns
-        first = row * width + first_column
-        input_row = (row % height).to(tl.int32) + tap_row - edge
-        exists = (channel < channels) & (row < images * height)
-        inside = exists & (input_row >= 0) & (input_row < height) & (tap_row < size)
-        gradients = []
-        for column in tl.static_range(columns):
-            mask = exists & (first_column + column < width)
-            gradients += [load(dy_ptr + first * channels + (column * channels + channel), mask)]
-        for column in tl.static_range(-edge, columns + edge):
-            if _is_read(column, columns, width):
-                values = _load_column(
-                    x_ptr + first * pitch,
-                    (tap_row - edge) * (width * pitch) + channel,
-                    first_column,
-                    inside,
-                    column,
-                    columns,
-                    width,
-                    pitch,
-                )
-                for tap in tl.static_range(size):
-                    if _inside(column + edge - tap, columns):
-                        sums = _add_at(sums, tap, values * gradients[column + edge - tap])
-    for tap in tl.static_range(size):
-        place = ((part * size + tap) * tap_rows + tap_row) * channels + channel
-        store(gradient_ptr + place, sums[tap], channel < channels)
+    sums = [tl.zeros(tile, tl.float32)] * (tap_rows * size)
+    for step in range(steps):
+        number = (part * steps + step) * rows
+        number += tl.broadcast_to(tl.arange(0, rows)[:, None], tile)
+        exists = (channel < channels) & (number < images * of_image)
+        top = number % of_image * strip
+        row = (number // of_image * height + top).to(tl.int64)
+        x_at = x_ptr + (row + first_tap - edge) * (width * pitch) + channel
+        dy_at = dy_ptr + row * (width * channels) + channel
+        x_masks, dy_masks = [], []
+        for i in tl.static_range(x_rows):
+            input_row = top + (first_tap + i - edge)
+            x_masks += [exists & (input_row >= 0) & (input_row < height)]
+        for i in tl.static_range(strip):
+            dy_masks += [exists & (top + i < height)]
+        window = [tl.zeros(tile, tl.float32)] * (edge * strip)
+        for column in tl.static_range(edge):
+            window += _load_rows(dy_at, dy_masks, 0, column, 0, width, channels)
+        for block in range(blocks):
+            first = block * unroll
+            last: tl.constexpr = (blocks - 1) * unroll
+            for column in tl.static_range(unroll):
+                window += _load_rows(dy_at, dy_masks, first, column + edge, last, width, channels)
+                values = _load_rows(x_at, x_masks, first, column, last, width, pitch)
+                added = []
+                for i in tl.static_range(tap_rows):
+                    for j in tl.static_range(size):
+                        total = sums[i * size + j]
+                        for r in tl.static_range(strip):
+                            total += values[i + r] * window[(size - 1 - j) * strip + r]
+                        added += [total]
+                sums = added
+                window = window[strip:]
+            x_at += unroll * pitch
+            dy_at += unroll * channels
+    for i in tl.static_range(tap_rows):
+        for j in tl.static_range(size):
+            place = ((part * size + first_tap + i) * size + j) * channels + lane
+            mask = (lane < channels) & (first_tap + i < size)
+            store(gradient_ptr + place, tl.sum(sums[i * size + j], axis=0), mask)
+
+
+@triton.jit
+def _load_rows(
+    pointers,
+    masks,
+    first,
+    column: tl.constexpr,
+    last: tl.constexpr,
+    width: tl.constexpr,
+    pitch: tl.constexpr,
+):
+    """Loads the tiles of a column of some rows, one for each mask.
+
+    The column is counted from `first`, where the pointers are, and which is at most `last`. `pitch`
+    is the distance of pixels.
+    """
+    values = []
+    for row in tl.static_range(len(masks)):
+        mask = masks[row]
+        if last + column >= width:
+            mask = mask & (first + column < width)
+        values += [load(pointers + (row * width + column) * pitch, mask)]
+    return values
