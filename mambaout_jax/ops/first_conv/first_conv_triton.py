@@ -14,9 +14,9 @@ import triton.language as tl
 from mambaout_jax.ops.activation_triton import activation
 from mambaout_jax.ops.triton_launch import launch, load, store
 
-# Pixels of a tile, and programs: 32 and 8 for each multiprocessor of an H200.
+# Pixels of a tile, programs, 32 and 4 for each multiprocessor of an H200, and warps of a program.
 _ROWS, _PROGRAMS, _WARPS = 64, 4224, 4
-_GRADIENT_ROWS, _GRADIENT_PROGRAMS, _GRADIENT_WARPS = 64, 1056, 4
+_GRADIENT_ROWS, _GRADIENT_PROGRAMS, _GRADIENT_WARPS = 64, 528, 4
 
 
 def forward(
@@ -176,11 +176,18 @@ def first_convolution_gradient(
     dmatrix = tl.zeros((taps, lanes), tl.float32)
     dscale = tl.zeros((rows, lanes), tl.float32)
     dshift = tl.zeros((rows, lanes), tl.float32)
-    for step in range(steps):
-        first = (tl.program_id(0).to(tl.int64) * steps + step) * rows
+    place = row[:, None] * features + lane[None, :]
+    first = tl.program_id(0).to(tl.int64) * steps * rows
+    mask = (row < pixels - first)[:, None] & (lane < features)[None, :]
+    next_dy = tl.load(dy_ptr + first * features + place, mask=mask, other=0)
+    next_patches = _load_patches(images_ptr, first, pixels, height, width, channels, rows, taps)
+    for _ in range(steps):
+        present, dy, patches = mask, next_dy.to(tl.float32), next_patches
+        # The next tile is loaded while this one is computed.
+        first += rows
         mask = (row < pixels - first)[:, None] & (lane < features)[None, :]
-        dy = load(dy_ptr + first * features + (row[:, None] * features + lane[None, :]), mask)
-        patches = _load_patches(images_ptr, first, pixels, height, width, channels, rows, taps)
+        next_dy = tl.load(dy_ptr + first * features + place, mask=mask, other=0)
+        next_patches = _load_patches(images_ptr, first, pixels, height, width, channels, rows, taps)
         normalised, factor = _normalised(patches, matrix, features, lanes, epsilon, exact)
         _, slope = activation(normalised * scale + shift, act, exact)
         dy *= slope
@@ -190,7 +197,7 @@ def first_convolution_gradient(
         part = tl.sum(dy * normalised, axis=1, keep_dims=True) / features
         mean = tl.sum(dy, axis=1, keep_dims=True) / features
         # A column of zeros: where there is no feature, dy and normalised are 0, but not the mean.
-        dconv = tl.where(mask, factor * (dy - mean - normalised * part), 0)
+        dconv = tl.where(present, factor * (dy - mean - normalised * part), 0)
         dmatrix += _product(tl.trans(patches), dconv.to(patches.dtype), exact)
     tap = tl.arange(0, taps)[:, None]
     place = (tl.program_id(0) * (9 * channels + 1) + tap) * features + lane[None, :]
