@@ -7,16 +7,16 @@ import triton.language as tl
 
 from mambaout_jax.ops.triton_launch import launch, load, store
 
-# Elements of a tile, and programs: 64 and 8 for each multiprocessor of an H200.
-_TILE, _PROGRAMS = 512, 8448
-_GRADIENT_TILE, _GRADIENT_PROGRAMS = 1024, 1056
+_TILE = 512  # elements
+# Programs: 64 and 32 for each multiprocessor of an H200.
+_PROGRAMS, _GRADIENT_PROGRAMS = 8448, 4224
 
 
 def normalise(
     x: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float, dtype: jnp.dtype
 ) -> jax.Array:
     """Returns the normalised x [..., C], with scale and bias [C]."""
-    programs, constants = _tiles(x, _TILE, _PROGRAMS)
+    programs, warps, constants = _tiles(x, _PROGRAMS)
     (y,) = launch(
         layer_norm,
         scale,
@@ -24,7 +24,7 @@ def normalise(
         x,
         out_shape=[jax.ShapeDtypeStruct(x.shape, dtype)],
         grid=(programs,),
-        num_warps=1,
+        num_warps=warps,
         epsilon=epsilon,
         **constants,
     )
@@ -35,7 +35,7 @@ def gradient(
     x: jax.Array, scale: jax.Array, dy: jax.Array, *shortcut: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of x [..., C], plus the shortcut's, of scale and of bias, [C]."""
-    programs, constants = _tiles(x, _GRADIENT_TILE, _GRADIENT_PROGRAMS)
+    programs, warps, constants = _tiles(x, _GRADIENT_PROGRAMS)
     sums = jax.ShapeDtypeStruct((programs, x.shape[-1]), jnp.float32)
     (branch,) = shortcut or (dy,)
     dx, dscale, dbias = launch(
@@ -46,7 +46,7 @@ def gradient(
         branch,
         out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype), sums, sums),
         grid=(programs,),
-        num_warps=4,
+        num_warps=warps,
         epsilon=epsilon,
         has_shortcut=bool(shortcut),
         **constants,
@@ -54,15 +54,15 @@ def gradient(
     return dx, dscale.sum(0), dbias.sum(0)
 
 
-def _tiles(x: jax.Array, tile: int, programs: int) -> tuple[int, dict[str, int]]:
-    """Returns the number of programs, at most `programs`, and the constants of each."""
+def _tiles(x: jax.Array, programs: int) -> tuple[int, int, dict[str, int]]:
+    """Returns the number of programs, at most `programs`, their warps, and their constants."""
     channels = x.shape[-1]
     pixels = x.size // channels
     lanes = triton.next_power_of_2(channels)
-    rows = max(tile // lanes, 1)
+    rows = max(_TILE // lanes, 1)
     steps = triton.cdiv(pixels, rows * programs)
     sizes = {"pixels": pixels, "channels": channels, "rows": rows, "lanes": lanes, "steps": steps}
-    return triton.cdiv(pixels, rows * steps), sizes
+    return triton.cdiv(pixels, rows * steps), max(lanes // 1024, 1), sizes
 
 
 @triton.jit
@@ -119,14 +119,19 @@ def layer_norm_gradient(
     scale = load(scale_ptr + channel, channel < channels)
     dscale = tl.zeros(tile, tl.float32)
     dbias = tl.zeros(tile, tl.float32)
-    for step in range(steps):
-        first = (tl.program_id(0).to(tl.int64) * steps + step) * rows
-        mask = (channel < channels) & (row < pixels - first)
-        index = row * channels + channel
-        dy = load(dy_ptr + first * channels + index, mask)
-        normalised, factor = _normalised(
-            load(x_ptr + first * channels + index, mask), mask, channels, epsilon
-        )
+    index = row * channels + channel
+    next_first = tl.program_id(0).to(tl.int64) * steps * rows
+    next_mask = (channel < channels) & (row < pixels - next_first)
+    next_x = tl.load(x_ptr + next_first * channels + index, mask=next_mask, other=0)
+    next_dy = tl.load(dy_ptr + next_first * channels + index, mask=next_mask, other=0)
+    for _ in range(steps):
+        first, mask, x, dy = next_first, next_mask, next_x, next_dy.to(tl.float32)
+        # The next tile is loaded while this one is computed.
+        next_first += rows
+        next_mask = (channel < channels) & (row < pixels - next_first)
+        next_x = tl.load(x_ptr + next_first * channels + index, mask=next_mask, other=0)
+        next_dy = tl.load(dy_ptr + next_first * channels + index, mask=next_mask, other=0)
+        normalised, factor = _normalised(x.to(tl.float32), mask, channels, epsilon)
         scaled = dy * scale
         slope = _mean(scaled * normalised, channels)
         dx = factor * (scaled - _mean(scaled, channels) - normalised * slope)
