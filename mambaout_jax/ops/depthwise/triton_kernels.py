@@ -412,7 +412,8 @@ def depthwise_filter_gradient(
                     for j in tl.static_range(size):
                         total = sums[i * size + j]
                         for r in tl.static_range(strip):
-                            total += values[i + r] * window[(size - 1 - j) * strip + r]
+                            gradient = window[(size - 1 - j) * strip + r]
+                            total = tl.fma(values[i + r], gradient, total)
                         added += [total]
                 sums = added
                 window = window[strip:]
