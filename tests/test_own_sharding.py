@@ -131,7 +131,7 @@ warnings = []
 logger = logging.getLogger("mambaout_jax.ops.kernels")
 logger.addFilter(lambda record: warnings.append(record.getMessage()))
 model = mambaout_jax.create_model("test_mambaout", **json.loads(sys.argv[1]))
-images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32)
+images = jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)
 params = jax.eval_shape(model.init, jax.random.key(0), images)
 gradient = jax.grad(lambda params, images: (model.apply(params, images) ** 2).sum())
 def on(tree, sharding):
