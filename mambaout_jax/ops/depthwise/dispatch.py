@@ -41,7 +41,8 @@ def depthwise_conv2d(x: jax.Array, kernel: jax.Array, *, implementation: str = "
         kernel: filters, [k, k, 1, C], as in `flax.linen.Conv` with `feature_group_count=C`.
         implementation: one of `implementations()`. "auto" is the fastest known for the platform
             that the program is lowered for, "xla" on TPUs with fewer than 8 images a device, and
-            "xla", with a warning, where the fastest cannot be used. "pallas_tpu" runs in Pallas' interpreter, slowly, on other platforms than TPUs.
+            "xla", with a warning, where the fastest cannot be used. "pallas_tpu" runs in Pallas'
+            interpreter, slowly, on other platforms than TPUs.
 
     Returns:
         Maps of x's shape and dtype.
