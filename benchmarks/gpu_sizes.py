@@ -2,10 +2,10 @@
 
   python benchmarks/gpu_sizes.py --model=mambaout_femto
 
-Both are this package's network in bfloat16 with random weights, and the images lie on the GPU. "XLA"
-is the network with `depthwise="xla"`, which leaves all but LayerNorm to XLA. Milliseconds are those
-of a call among many that follow one another: the median of several rounds. A ratio above 1 means
-that the kernels are faster.
+Both are this package's network in bfloat16 with random weights, and the images lie on the GPU.
+"XLA" is the network with `depthwise="xla"`, which leaves all but LayerNorm to XLA. Milliseconds are
+those of a call among many that follow one another: the median of several rounds. A ratio above 1
+means that the kernels are faster.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def milliseconds(model: str, depthwise: str, shape: tuple[int, int, int]) -> flo
     images = jax.random.normal(jax.random.key(1), (*shape, 3))
     call = jax.jit(
         lambda images: network.apply({"params": params}, images),
-        compiler_options=compiler_options("gpu"),
+        compiler_options=compiler_options(jax.devices()[0].platform),
     )
     call(images).block_until_ready()
     rounds = []

@@ -86,9 +86,10 @@ def test_remat_changes_nothing(implementation):
     jax.tree.map(np.testing.assert_array_equal, plain, again)
 
 
-def exported(platform: str) -> jax.export.Exported:
+def exported(platform: str, images: int = N) -> jax.export.Exported:
     """Returns the step of "auto", lowered here for the platform."""
-    return jax.export.export(jax.jit(gradients("auto")), platforms=[platform])(*example())
+    x, kernel = example()
+    return jax.export.export(jax.jit(gradients("auto")), platforms=[platform])(x[:images], kernel)
 
 
 def test_auto_chooses_for_the_platform_that_is_lowered_for():
@@ -97,6 +98,9 @@ def test_auto_chooses_for_the_platform_that_is_lowered_for():
     tpu = exported("tpu").mlir_module()
     assert "stablehlo.convolution" not in tpu
     assert tpu.count("@tpu_custom_call") == 3
+    few = exported("tpu", images=7).mlir_module()
+    assert few.count("stablehlo.convolution") == 3
+    assert "@tpu_custom_call" not in few
 
 
 def test_an_exported_step_gives_the_same_gradients():

@@ -152,10 +152,10 @@ BLOCKS = {
 }
 
 
-def block_and_data(**options):
+def block_and_data(images=16, **options):
     block = GatedCNNBlock(drop_path_rate=0.5, dtype=jnp.bfloat16, **options)
     random = np.random.default_rng(0)
-    x, target = (jnp.asarray(a, jnp.float32) for a in random.standard_normal((2, 16, 3, 4, 12)))
+    x, target = (jnp.asarray(a, jnp.float32) for a in random.standard_normal((2, images, 3, 4, 12)))
     params = jax.jit(block.init)(jax.random.key(0), x)["params"]
     params = jax.tree.map(
         lambda leaf: leaf + 0.3 * random.standard_normal(leaf.shape).astype(np.float32), params
@@ -197,21 +197,48 @@ def test_float32_and_other_mixers_are_not_fused():
     assert str(jax.make_jaxpr(block.apply)({"params": params}, x)) != plain
 
 
-def test_each_device_computes_its_part_of_the_batch():
+def over_eight_devices(params, x, target):
+    """Returns a function like `gradients`, and its arguments on a mesh."""
     assert jax.device_count() == 8
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     batch, whole = (
         NamedSharding(mesh, spec) for spec in (PartitionSpec(("data", "fsdp")), PartitionSpec())
     )
-    block, params, x, target = block_and_data(fused_vmem=16)
 
-    def in_mesh(params, x, target):
+    def in_mesh(block, params, x, target):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return gradients(block, params, x, target)
 
-    step = jax.jit(in_mesh, in_shardings=(whole, batch, batch), out_shardings=whole)
-    got = step(*(jax.device_put(a, s) for a, s in ((params, whole), (x, batch), (target, batch))))
-    jax.tree.map(lambda a, b: assert_close(a, b, 2.0**-7), got, gradients(block, params, x, target))
+    step = jax.jit(
+        in_mesh, static_argnums=0, in_shardings=(whole, batch, batch), out_shardings=whole
+    )
+    return step, [jax.device_put(a, s) for a, s in ((params, whole), (x, batch), (target, batch))]
+
+
+def test_each_device_computes_its_part_of_the_batch():
+    block, params, x, target = block_and_data(images=64, fused_vmem=16)
+    step, on_mesh = over_eight_devices(params, x, target)
+    expected = gradients(block, params, x, target)
+    jax.tree.map(lambda a, b: assert_close(a, b, 2.0**-7), step(block, *on_mesh), expected)
+
+
+@pytest.mark.parametrize("images", [1, 7])
+def test_few_images_are_left_to_xla(images):
+    block, params, x, target = block_and_data(images, fused_vmem=16)
+    ours, theirs = (
+        gradients.trace(model, params, x, target).lower(lowering_platforms=("tpu",)).as_text()
+        for model in (block, block.clone(fused_vmem=0, depthwise="xla"))
+    )
+    assert ours == theirs
+    assert "tpu_custom_call" not in ours
+
+
+@pytest.mark.parametrize(("images", "kernels"), [(56, 0), (64, 7)])
+def test_the_images_of_a_device_decide(images, kernels):
+    block, params, x, target = block_and_data(images, fused_vmem=16)
+    step, on_mesh = over_eight_devices(params, x, target)
+    program = step.trace(block, *on_mesh).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("tpu_custom_call") == kernels
 
 
 def test_only_tpus_run_the_kernels():

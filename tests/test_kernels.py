@@ -25,7 +25,7 @@ logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
 import jax, jax.numpy as jnp
 import mambaout_jax
 model = mambaout_jax.create_model("test_mambaout", depths=(1, 1, 1, 1), num_classes=10)
-images = jnp.ones((2, 32, 32, 3))
+images = jnp.ones((8, 32, 32, 3))
 params = jax.jit(model.init)(jax.random.key(0), images)
 def loss(params):
     return (model.apply(params, images) ** 2).sum()

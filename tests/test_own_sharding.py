@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mambaout_jax
+from mambaout_jax.ops.sharded import images_on_device
 
 P = PartitionSpec
 SMALL = {"depths": (1, 1, 1, 1), "widths": (8, 12, 16, 24), "num_classes": 10}
@@ -120,6 +121,30 @@ def test_the_users_own_shard_map_and_pmap(expected):
     assert_equal(got.reshape(16, 10), logits)
 
 
+@pytest.mark.parametrize(
+    ("kind", "spec", "expected"),
+    [
+        (AxisType.Auto, P("data"), [2, 4]),  # of automatic axes, all that divide the batch count
+        (AxisType.Explicit, P("data"), [4, 4]),
+        (AxisType.Explicit, P(("data", "model")), [2, 2]),
+    ],
+)
+def test_images_of_a_device(kind, spec, expected):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    images = jax.numpy.zeros((16, 2, 2, 3))
+    assert images_on_device(images) == 16
+    counts = []
+
+    def count(x):
+        counts.append(images_on_device(x))
+        return x
+
+    images = jax.device_put(images, NamedSharding(mesh, spec))
+    jax.make_jaxpr(count)(images)
+    jax.make_jaxpr(jax.shard_map(count, mesh=mesh, in_specs=spec, out_specs=spec))(images)
+    assert counts == expected
+
+
 TPU = """
 import contextlib, json, logging, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -131,7 +156,7 @@ warnings = []
 logger = logging.getLogger("mambaout_jax.ops.kernels")
 logger.addFilter(lambda record: warnings.append(record.getMessage()))
 model = mambaout_jax.create_model("test_mambaout", **json.loads(sys.argv[1]))
-images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.float32)
+images = jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)
 params = jax.eval_shape(model.init, jax.random.key(0), images)
 gradient = jax.grad(lambda params, images: (model.apply(params, images) ** 2).sum())
 def on(tree, sharding):

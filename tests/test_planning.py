@@ -149,9 +149,11 @@ for change in ({"batch_size": 12}, {"mesh": {"fsdp": 3}}):
         refused.append(str(error))
 config.model.name, config.batch_size = "test_mambaout", 64
 made = make_plan(config, "v5e:2x4", 1437)
+config.batch_size = 24
+few = make_plan(config, "v5e:2x4", 1437)
 print(json.dumps([refused, made.chips, made.images, made.counted, made.estimated,
                   made.memory.peak, made.program.collectives, describe(made, price=1e6),
-                  made.total_steps * made.step]))
+                  made.total_steps * made.step, [few.images, few.counted, few.estimated]]))
 """
 
 
@@ -162,9 +164,11 @@ def test_a_step_compiles_for_a_slice():
     environment = os.environ | {"XLA_FLAGS": ""}  # libtpu does not know the CPU's flags
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    refused, chips, images, counted, estimated, peak, collectives, text, seconds = json.loads(
+    refused, chips, images, counted, estimated, peak, collectives, text, seconds, few = json.loads(
         done.stdout.splitlines()[-1]
     )
+    assert few[:2] == [3, 0]  # images a chip, and cycles of our kernels, which pay from 8 images
+    assert few[2] > 0
     assert refused[0].startswith("config.batch_size 12 does not divide over 8 devices")
     assert refused[1] == "config.mesh.fsdp 3 does not divide the 8 devices"
     assert (chips, images) == (8, 8)

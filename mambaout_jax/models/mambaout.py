@@ -52,7 +52,7 @@ from mambaout_jax.ops import (
     split_weights,
     weighted,
 )
-from mambaout_jax.ops.kernels import vmem
+from mambaout_jax.ops.kernels import enough_images, vmem
 
 
 class Stem(nn.Module):
@@ -110,8 +110,9 @@ class GatedCNNBlock(nn.Module):
     With an SSM after the convolution it is Mamba's block; `models.mixers` has the token mixers.
     `layer_scale` is the initial value of the factor on each channel of the branch; None for none.
     Blocks whose token mixer is the convolution, in bfloat16, are computed by `ops.gated_block`
-    where its kernels need at most `fused_vmem` MiB of a TPU's vector memory; 0 for none. With
-    `fused_gpu`, `ops.gated_conv` computes the convolution and the gate.
+    where its kernels need at most `fused_vmem` MiB of a TPU's vector memory and a device has at
+    least 8 images; 0 for none. With `fused_gpu`, `ops.gated_conv` computes the convolution and the
+    gate.
     """
 
     expansion_ratio: float = 8 / 3
@@ -137,7 +138,8 @@ class GatedCNNBlock(nn.Module):
             self.drop_path_rate, broadcast_dims=(1, 2, 3), deterministic=not train
         )
         fusable = self.dtype == jnp.bfloat16 and self.token_mixer == TOKEN_MIXER
-        if fusable and gated_block_vmem(width, hidden) <= self.fused_vmem * 2**20:
+        fusable &= gated_block_vmem(width, hidden) <= self.fused_vmem * 2**20
+        if fusable and enough_images(x):
             return self._fused(x, hidden, conv, drop_path)
         shortcut, x = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
         if self.fused_gpu and self.token_mixer == TOKEN_MIXER:

@@ -64,6 +64,12 @@ def on_one_device(x: jax.Array) -> bool:
     return mesh.empty or (mesh.size == 1 and not _names(mesh, AxisType.Explicit, AxisType.Manual))
 
 
+def images_on_device(x: jax.Array) -> int:
+    """Returns how many images of a batch x each device of its mesh has."""
+    mesh = _find_mesh((x,))
+    return x.shape[0] // math.prod(mesh.shape[name] for name in _batch_axes(mesh, x))
+
+
 def summed_in(dtype: Any, maps: int, function: Callable) -> Callable:
     """Returns the function with its results after the first `maps`, sums over devices, in dtype."""
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mambaout_jax.errors import UserError, did_you_mean
 from mambaout_jax.ops.depthwise import xla
-from mambaout_jax.ops.kernels import kernels_usable, why_unusable
+from mambaout_jax.ops.kernels import enough_images, kernels_usable, why_unusable
 from mambaout_jax.ops.lowering import Target, call_for_target
 from mambaout_jax.ops.sharded import on_parts
 
@@ -40,8 +40,9 @@ def depthwise_conv2d(x: jax.Array, kernel: jax.Array, *, implementation: str = "
         x: maps, [N, H, W, C], bfloat16 or float32.
         kernel: filters, [k, k, 1, C], as in `flax.linen.Conv` with `feature_group_count=C`.
         implementation: one of `implementations()`. "auto" is the fastest known for the platform
-            that the program is lowered for, and "xla", with a warning, where that one cannot be
-            used. "pallas_tpu" runs in Pallas' interpreter, slowly, on other platforms than TPUs.
+            that the program is lowered for, "xla" on TPUs with fewer than 8 images a device, and
+            "xla", with a warning, where the fastest cannot be used. "pallas_tpu" runs in Pallas'
+            interpreter, slowly, on other platforms than TPUs.
 
     Returns:
         Maps of x's shape and dtype.
@@ -105,8 +106,12 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 def _function(implementation: str, name: str, **options: int) -> Callable:
     """Returns a function of the implementation, which is chosen and imported at lowering."""
-    choose, reference = _Choice(implementation, name), getattr(xla, name)
-    return lambda *args: (call_for_target(choose, reference, *args, **options),)
+
+    def call(*args: jax.Array) -> tuple[jax.Array]:
+        choose = _Choice(implementation, name, enough_images(args[0]))
+        return (call_for_target(choose, getattr(xla, name), *args, **options),)
+
+    return call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +120,15 @@ class _Choice:
 
     implementation: str
     function: str
+    enough_images: bool
 
     def __call__(self, target: Target) -> Callable:
         name = self.implementation
         if name == "auto":
             name = _FASTEST.get(target.platform, "xla")
-            name = name if name not in _KERNELS or kernels_usable(target) else "xla"
+            few = name == "pallas_tpu" and not self.enough_images
+            if few or (name in _KERNELS and not kernels_usable(target)):
+                name = "xla"
         interpret = name == "pallas_tpu" and target.platform != "tpu"
         if name in _KERNELS and not interpret and (reason := why_unusable(target, _KERNELS[name])):
             raise UserError(f"depthwise={name!r} cannot be used, choose 'auto': {reason}")
