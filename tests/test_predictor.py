@@ -20,7 +20,7 @@ from mambaout_jax import load_pretrained, preprocess_image
 from mambaout_jax.__main__ import main
 from mambaout_jax.data.preprocess import normalize
 from mambaout_jax.errors import UserError
-from mambaout_jax.inference.predictor import Predictor, find_images
+from mambaout_jax.inference.predictor import Predictor, constants_pay, find_images
 from mambaout_jax.labels import class_names, imagenet_names, imagenet_wordnet_ids
 from mambaout_jax.models.mambaout import on_device
 from mambaout_jax.weights.store import save_weights
@@ -100,6 +100,27 @@ def test_on_gpus_the_convolution_and_the_gate_are_one_operation(tmp_path, monkey
         found.predict_images(images), expected.predict_images(images), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_weights_as_constants_of_the_program(weights, files, monkeypatch):
+    expected = Predictor.load(weights, batch_size=8)
+    monkeypatch.setattr("mambaout_jax.inference.predictor.constants_pay", lambda *_: True)
+    one = jax.devices()[:1]
+    monkeypatch.setattr("jax.local_devices", lambda: one)
+    found = Predictor.load(weights, batch_size=8)
+    assert not found._weights
+    for ours, theirs in zip(found.predict_files(files), expected.predict_files(files), strict=True):
+        assert ours.name == theirs.name
+        probabilities = ([guess.probability for guess in p.best] for p in (ours, theirs))
+        np.testing.assert_allclose(*probabilities, rtol=1e-4)
+
+
+def test_constants_pay_on_a_gpu_with_few_images_and_small_weights():
+    small, large = {"w": np.zeros(4, np.float32)}, {"w": np.zeros(2**25 + 1, np.float32)}
+    assert constants_pay("gpu", 32, small)
+    assert not constants_pay("gpu", 33, small)
+    assert not constants_pay("gpu", 1, large)
+    assert not constants_pay("cpu", 1, small)
 
 
 def test_a_choice_of_classes(weights, own, files):

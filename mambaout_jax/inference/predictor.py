@@ -34,9 +34,6 @@ from mambaout_jax.runtime.compilation import compiler_options
 from mambaout_jax.weights.info import WeightsInfo
 from mambaout_jax.weights.load import read_weights
 
-# Of a GPU's program that has its weights as constants. With few images, passing hundreds of arrays
-# takes longer than computing, and XLA rounds constants once.
-_FEW_IMAGES, _CONSTANT_BYTES = 32, 2**27
 _THREADS = 16  # that read and decode files; Pillow decodes without the interpreter's lock
 
 
@@ -132,9 +129,7 @@ class Predictor:
 
         function: Callable = best
         platform = mesh.devices.flat[0].platform
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        few = self.batch_size <= _FEW_IMAGES and size <= _CONSTANT_BYTES
-        if few and platform == "gpu" and mesh.size == 1:
+        if mesh.size == 1 and constants_pay(platform, self.batch_size, params):
             function, self._weights = functools.partial(best, *self._weights), ()
         options = compiler_options(platform, inference=True)
         self._best = jax.jit(function, out_shardings=self._split, compiler_options=options)
@@ -221,6 +216,17 @@ class Predictor:
         padding = ((0, self.batch_size - len(images)), (0, 0), (0, 0), (0, 0))
         images = jax.device_put(np.pad(images, padding), self._split)
         return self._best(*self._weights, images)
+
+
+def constants_pay(platform: str, images: int, params: Any) -> bool:
+    """Returns whether a program of few images should have its weights as constants.
+
+    On a GPU, passing hundreds of arrays takes longer than computing, and XLA rounds constants once;
+    docs/performance.md has the figures. The weights must be at most 128 MiB, since the program has
+    a copy.
+    """
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return platform == "gpu" and images <= 32 and size <= 2**27
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:
