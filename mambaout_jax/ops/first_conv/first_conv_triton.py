@@ -14,9 +14,8 @@ import triton.language as tl
 from mambaout_jax.ops.activation_triton import activation
 from mambaout_jax.ops.triton_launch import launch, load, store
 
-# Pixels of a tile, programs, 32 and 4 for each multiprocessor of an H200, and warps of a program.
-_ROWS, _PROGRAMS, _WARPS = 64, 4224, 4
-_GRADIENT_ROWS, _GRADIENT_PROGRAMS, _GRADIENT_WARPS = 64, 528, 4
+_ROWS, _WARPS = 64, 4  # pixels of a tile, warps of a program
+_PROGRAMS, _GRADIENT_PROGRAMS = 4224, 528  # 32 and 4 for each multiprocessor of an H200
 
 
 def forward(
@@ -30,7 +29,7 @@ def forward(
     epsilon: float,
 ) -> jax.Array:
     """As `xla.forward`."""
-    shape, programs, constants = _tiles(images, kernel, _ROWS, _PROGRAMS)
+    shape, programs, constants = _tiles(images, kernel, _PROGRAMS)
     (y,) = launch(
         first_convolution,
         images,
@@ -59,7 +58,7 @@ def backward(
     epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """As `xla.backward`."""
-    _, programs, constants = _tiles(images, kernel, _GRADIENT_ROWS, _GRADIENT_PROGRAMS)
+    _, programs, constants = _tiles(images, kernel, _GRADIENT_PROGRAMS)
     matrix = _matrix(kernel, bias)
     sums = jax.ShapeDtypeStruct((programs, *matrix.shape), jnp.float32)
     channel_sums = jax.ShapeDtypeStruct((programs, 2, scale.size), jnp.float32)
@@ -72,7 +71,7 @@ def backward(
         dy,
         out_shape=[sums, channel_sums],
         grid=(programs,),
-        num_warps=_GRADIENT_WARPS,
+        num_warps=_WARPS,
         act=act,
         epsilon=epsilon,
         **constants,
@@ -87,27 +86,27 @@ def _matrix(kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _tiles(
-    images: jax.Array, kernel: jax.Array, rows: int, programs: int
+    images: jax.Array, kernel: jax.Array, programs: int
 ) -> tuple[tuple[int, ...], int, dict[str, Any]]:
     """Returns the shape of the result, the number of programs, and the constants of each."""
     count, height, width, channels = images.shape
     features = kernel.shape[-1]
     shape = (count, (height + 1) // 2, (width + 1) // 2, features)
     pixels = shape[0] * shape[1] * shape[2]
-    steps = triton.cdiv(pixels, rows * programs)
+    steps = triton.cdiv(pixels, _ROWS * programs)
     constants = {
         "pixels": pixels,
         "height": height,
         "width": width,
         "channels": channels,
         "features": features,
-        "rows": rows,
+        "rows": _ROWS,
         "taps": max(triton.next_power_of_2(9 * channels + 1), 16),
         "lanes": max(triton.next_power_of_2(features), 16),
         "steps": steps,
         "exact": images.dtype == jnp.float32,
     }
-    return shape, triton.cdiv(pixels, rows * steps), constants
+    return shape, triton.cdiv(pixels, _ROWS * steps), constants
 
 
 @triton.jit
