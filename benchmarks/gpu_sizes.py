@@ -3,9 +3,9 @@
   python benchmarks/gpu_sizes.py --model=mambaout_femto
 
 Both are this package's network in bfloat16 with random weights, and the images lie on the GPU.
-"XLA" is the network with `depthwise="xla"`, which leaves all but LayerNorm to XLA. Milliseconds are those
-of a call among many that follow one another: the median of several rounds. A ratio above 1 means
-that the kernels are faster.
+"XLA" is the network with `depthwise="xla"`, which leaves all but LayerNorm to XLA. Milliseconds are
+those of a call among many that follow one another: the median of several rounds. A ratio above 1
+means that the kernels are faster.
 """
 
 import argparse
