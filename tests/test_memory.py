@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from mambaout_jax.runtime.memory import DeviceMemoryError, is_exhausted, memory_
 from mambaout_jax.training import between_steps, restore, teacher
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.out_of_memory import evaluation_message, training_message
+from mambaout_jax.training.recorder import import_in_background
 from mambaout_jax.weights.store import load_weights
 
 # main.py, with a step that needs more memory than there is.
@@ -130,6 +132,17 @@ def test_a_host_whose_memory_runs_out_in_a_run_resumes(finished, tmp_path, monke
     monkeypatch.undo()
     assert checkpoints(tmp_path / "run") == {"4", "8"}
     assert_resumes_to_the_same_end(tmp_path / "run", finished)
+
+
+def test_an_import_in_the_background_that_fails_prints_nothing(monkeypatch):
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it is an ImportError
+    import_in_background()
+    for thread in threading.enumerate():
+        if thread.name == "imports":
+            thread.join()
+    assert not failed
 
 
 def test_a_teacher_that_does_not_fit(tmp_path, monkeypatch):
