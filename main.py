@@ -103,15 +103,19 @@ def main(argv: list[str]) -> None:
 
 def run(workdir: epath.Path, stop: StopRequest) -> None:
     """Trains or evaluates."""
-    if _MODE.value == "eval":
-        from mambaout_jax.evaluate_run import evaluate_workdir
+    from mambaout_jax.runtime.memory import host_memory_for
+    from mambaout_jax.training.out_of_memory import host_message
 
-        evaluate_workdir(_CONFIG.value, workdir, given_keys(sys.argv))
-        return
-    from mambaout_jax.build import build_run
-    from mambaout_jax.training.loop import train
+    with host_memory_for(host_message):
+        if _MODE.value == "eval":
+            from mambaout_jax.evaluate_run import evaluate_workdir
 
-    train(build_run(_CONFIG.value), workdir, stop)
+            evaluate_workdir(_CONFIG.value, workdir, given_keys(sys.argv))
+            return
+        from mambaout_jax.build import build_run
+        from mambaout_jax.training.loop import train
+
+        train(build_run(_CONFIG.value), workdir, stop)
 
 
 if __name__ == "__main__":

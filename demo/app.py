@@ -233,6 +233,7 @@ def build(name_or_path, folder):
                     interactive=False,
                     height=HEIGHT,
                     format="png",
+                    buttons=["download", "fullscreen"],  # "share" would upload it to the hub
                 )
                 legend = gradio.HTML(HEAT_LEGEND if classification else "")
         footer = gradio.Markdown(about(network))

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from mambaout_jax.cli.train import EXAMPLE, SUMMARIES, run_main
-from mambaout_jax.errors import UserError
+from mambaout_jax.errors import UserError, first_line
 from mambaout_jax.version import __version__
 
 # Each command is a module in mambaout_jax/cli with SUMMARY, EXAMPLE, add_arguments(parser) and
@@ -51,6 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"mambaout_jax.cli.{args.command}").run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        reason = first_line(error)
+        print(
+            f"error: not enough memory on this host ({reason}): free some, or try a smaller "
+            "--batch-size if the command has one",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 130

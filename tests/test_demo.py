@@ -192,6 +192,8 @@ def test_nothing_is_empty_and_the_text_says_what_to_do(page, browser):
     assert "It runs on 1 x cpu" in text
     images = browser.find_elements("css selector", ".image-frame img")
     assert len([image for image in images if image.is_displayed()]) >= 2
+    assert browser.find_elements("css selector", "button[aria-label=Download], [title=Download]")
+    assert not browser.find_elements("css selector", "[aria-label=Share], [title=Share]")
 
 
 def choose(browser, wait, name):

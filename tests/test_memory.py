@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,13 @@ from small_run import ROOT, SMALL, small_config, train
 
 from mambaout_jax.__main__ import main
 from mambaout_jax.build import build_run
+from mambaout_jax.errors import UserError
 from mambaout_jax.inference import features, predictor
 from mambaout_jax.runtime.memory import DeviceMemoryError, is_exhausted, memory_for
-from mambaout_jax.training import between_steps, restore
+from mambaout_jax.training import between_steps, restore, teacher
 from mambaout_jax.training.metrics import LossMeter
 from mambaout_jax.training.out_of_memory import evaluation_message, training_message
+from mambaout_jax.training.recorder import import_in_background
 from mambaout_jax.weights.store import load_weights
 
 # main.py, with a step that needs more memory than there is.
@@ -31,6 +34,12 @@ step.augment = test_memory.exhausting(step.augment)
 sys.argv[0] = "main.py"
 runpy.run_path("main.py", run_name="__main__")
 """
+
+# main.py, on a host that has too little memory for the images.
+HOST_PROGRAM = PROGRAM.replace(
+    "step.augment = test_memory.exhausting(step.augment)",
+    "from mambaout_jax import build; build.build_train_batches = test_memory.exhaust_host",
+)
 
 
 def exhaust(number):
@@ -50,6 +59,11 @@ def exhausting(augment):
         return inputs | {"image": inputs["image"] + exhaust(inputs["image"].mean())}
 
     return larger
+
+
+def exhaust_host(*args, **kwargs):
+    """Raises numpy's MemoryError."""
+    return np.empty(2**59)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +100,74 @@ def test_a_run_that_does_not_fit_ends_with_one_sentence(tmp_path):
     (size,) = re.findall(r"Out of memory allocating (\d+) bytes\): try config.acc", errors[0])
     assert int(size) > 2**47
     assert not (tmp_path / "run").exists(), "another batch size could not start there"
+
+
+def test_a_host_without_memory_ends_with_one_sentence(tmp_path, capsys, monkeypatch):
+    flags = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+    program = [sys.executable, "-c", HOST_PROGRAM, str(ROOT), str(ROOT / "tests")]
+    done = subprocess.run([*program, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    reason = "not enough memory on this host (Unable to allocate 4.00 EiB for an array with shape "
+    assert done.stderr.startswith(f"error: {reason}"), done.stderr
+    assert "try fewer config.data.workers" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    small_weights.image(0).save(tmp_path / "image.png")
+    monkeypatch.setattr(predictor.Predictor, "load", exhaust_host)
+    assert main(["predict", str(tmp_path / "image.png"), "--weights=test_mambaout.digits"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {reason}")
+    assert printed.count("\n") == 1
+
+
+def test_a_host_whose_memory_runs_out_in_a_run_resumes(finished, tmp_path, monkeypatch):
+    push = LossMeter.push
+
+    def exhausted_at_nine(losses, step, loss):
+        push(losses, step, exhaust_host() if step == 9 else loss)
+
+    monkeypatch.setattr(LossMeter, "push", exhausted_at_nine)
+    with pytest.raises(UserError, match=r"not enough memory on this host .* may be resumed"):
+        train(small_config(), tmp_path / "run")
+    monkeypatch.undo()
+    assert checkpoints(tmp_path / "run") == {"4", "8"}
+    assert_resumes_to_the_same_end(tmp_path / "run", finished)
+
+
+def test_an_import_in_the_background_that_fails_prints_nothing(monkeypatch):
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it is an ImportError
+    import_in_background()
+    for thread in threading.enumerate():
+        if thread.name == "imports":
+            thread.join()
+    assert not failed
+
+
+def test_a_teacher_that_does_not_fit(tmp_path, monkeypatch):
+    """In the memory of the host, of a device, and of a device that trains as well."""
+    config = small_config(**{"distillation.teacher": "test_mambaout.digits"})
+    message = r"the teacher test_mambaout\.digits does not fit into memory \(.*\): expected a sm"
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "read_weights", exhaust_host)
+        with pytest.raises(UserError, match=message):
+            build_run(config)
+
+    run = build_run(config)
+    assert training_message(run, "why").endswith(
+        "a smaller config.batch_size or a smaller config.distillation.teacher in a new --workdir"
+    )
+
+    device_put = jax.device_put
+
+    def exhausted(tree, *rest):
+        return jax.jit(exhaust)(1.5) if isinstance(tree, dict) else device_put(tree, *rest)
+
+    monkeypatch.setattr(jax, "device_put", exhausted)
+    with pytest.raises(DeviceMemoryError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_that_is_being_written_becomes_whole(finished, tmp_path, monkeypatch):

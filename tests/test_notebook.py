@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import types
+import zipfile
 from pathlib import Path
 
 import golden
@@ -147,6 +149,24 @@ def test_pip_takes_the_clone_and_a_git_repository(clone, tmp_path, monkeypatch):
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "all"]):
         subprocess.run(["git", "-C", clone, *command], check=True)
     install(requirement(tmp_path, monkeypatch, f"git+file://localhost{clone}"), tmp_path / "git")
+
+
+@pytest.mark.parametrize("top", ["", "pets/"])
+def test_an_uploaded_zip_may_have_a_folder_around_its_classes(top, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("pets.zip", "w") as archive:
+        for name in ("cats/1.jpg", "dogs/2.jpg", "dogs/3.jpg"):
+            archive.writestr(f"{top}{name}", b"image")
+            archive.writestr(f"__MACOSX/{top}{name}", b"notes of macOS")
+    colab = types.ModuleType("google.colab")
+    colab.files = types.SimpleNamespace(upload=lambda: {"pets.zip": b""})
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    variables = {"Path": Path, "sys": sys, "zipfile": zipfile}
+    exec(code_cells()["upload"], variables)
+    assert variables["folder"] == Path("pictures") / top
+    classes = {path.name: len(list(path.iterdir())) for path in variables["folder"].iterdir()}
+    assert classes == {"cats": 1, "dogs": 2}
 
 
 @pytest.mark.slow

@@ -178,6 +178,21 @@ def test_the_images_of_a_few_batches_are_in_memory(tmp_path, capsys, monkeypatch
     assert images_on_devices() == started
 
 
+def test_a_folder_without_splits_is_divided(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mambaout_jax.runtime.processes.join_processes", lambda: None)
+    for number in range(30):
+        folder = tmp_path / "flat" / f"class{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        small_weights.image(number).save(folder / f"{number:02}.png")
+    data = ["--data=folder", f"--data-dir={tmp_path / 'flat'}"]
+    weights = f"--weights={small_weights.write(tmp_path / 'w', num_classes=3)}"
+    assert main(["probe", weights, *data]) == 0
+    out = capsys.readouterr().out
+    assert "24 images of flat/.[:80%] for 6 of flat/.[80%:]" in out
+    assert main(["probe", weights, *data, "--split=validation"]) == 1
+    assert "has no split 'train'" in capsys.readouterr().err
+
+
 def test_mistakes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mambaout_jax.runtime.processes.join_processes", lambda: None)
     for arguments, message in (

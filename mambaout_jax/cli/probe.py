@@ -16,8 +16,14 @@ EXAMPLE = "--weights=mambaout_tiny --data=folder --data-dir=pets"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_dataset_arguments(parser)
-    parser.add_argument("--train-split", default="train", help="default: train")
-    parser.add_argument("--split", default="validation", help="to classify; default: validation")
+    parser.add_argument(
+        "--train-split",
+        help="default: train; of a folder without splits the first four fifths of each class",
+    )
+    parser.add_argument(
+        "--split",
+        help="to classify; default: validation, of a folder also val, test or the last fifth",
+    )
     parser.add_argument(
         "--k", type=int, default=20, help="nearest neighbours that vote (default: 20)"
     )
@@ -67,6 +73,7 @@ def _measure(args: argparse.Namespace, options: dict) -> int:
     import jax
     import jax.numpy as jnp
 
+    from mambaout_jax.data.folder import find_splits
     from mambaout_jax.data.loader import EvalBatches, LoaderOptions
     from mambaout_jax.data.sources import Dataset, open_source
     from mambaout_jax.errors import UserError
@@ -84,15 +91,18 @@ def _measure(args: argparse.Namespace, options: dict) -> int:
         params, info = read_weights(**options)
         info.check_task("classification", "its backbone's weights have features")
         folder = args.data == "folder"
+        splits = (args.train_split or "train", args.split or "validation")
+        if folder and args.train_split is None and args.split is None:
+            splits = find_splits(args.data_dir)
         dataset = Dataset(
             kind="folder" if folder else "tfds",
             name="" if folder else args.data,
             directory=args.data_dir,
-            train_split=args.train_split,
-            eval_split=args.split,
+            train_split=splits[0],
+            eval_split=splits[1],
             num_classes=None,
         )
-        sources = [open_source(dataset, split) for split in (args.train_split, args.split)]
+        sources = [open_source(dataset, split) for split in splits]
         if lists := [source.name for source in sources if source.label_shape]:
             raise UserError(f"{lists[0]} has lists of right classes: expected one for each image")
     model = info.create_model(dtype=jnp.dtype(args.dtype))

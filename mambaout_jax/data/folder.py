@@ -35,10 +35,8 @@ class FolderSource(Source):
         split, reference_split = _whole(split), _whole(reference_split)
         if not (root / split).is_dir():
             known = _folders(root)
-            raise UserError(
-                f"{root} has no split {split!r}{did_you_mean(split, known)}"
-                f" (its folders are {', '.join(known) or 'none'})"
-            )
+            there = f"its folders are {', '.join(known)}" if known else "it has no folders"
+            raise UserError(f"{root} has no split {split!r}{did_you_mean(split, known)} ({there})")
         self.name = f"{root.resolve().name}/{name}"
         folders = _folders(root / split)
         reference = root / reference_split

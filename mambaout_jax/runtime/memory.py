@@ -1,4 +1,4 @@
-"""Errors of JAX that say that a device ran out of memory, as sentences."""
+"""Errors that say that a device or the host ran out of memory, as sentences."""
 
 import contextlib
 import re
@@ -43,3 +43,16 @@ def memory_for(message: Callable[[str], str]) -> Iterator[None]:
         if not is_exhausted(error):
             raise
         raise DeviceMemoryError(message(first_line(error).rstrip("."))) from error
+
+
+@contextlib.contextmanager
+def host_memory_for(message: Callable[[str], str]) -> Iterator[None]:
+    """Turns Python's MemoryError into one sentence, as `memory_for` does with JAX's error.
+
+    Raises:
+        UserError: with the message.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError(message(first_line(error).rstrip("."))) from error

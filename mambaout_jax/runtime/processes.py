@@ -131,6 +131,8 @@ def leave_after(error: Exception) -> None:
         time.sleep(LAST_SECONDS)
     if isinstance(error, UserError):
         end(str(error), FAILED)
+    if isinstance(error, MemoryError):
+        end(f"not enough memory on this host ({first_line(error)})", FAILED)
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search(LOST, str(error), re.IGNORECASE):
         end(
             f"another process of the run has ended or cannot be reached ({first_line(error)}); its "

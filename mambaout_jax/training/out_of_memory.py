@@ -1,17 +1,22 @@
-"""What to change when a run does not fit into the memory of the devices, the least first."""
+"""What to change when a run does not fit into memory, the least first."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 
-from mambaout_jax.runtime.memory import memory_for
+from mambaout_jax.runtime.memory import host_memory_for, memory_for
 from mambaout_jax.training.run import Run
 
 
-def memory_to_train(run: Run) -> contextlib.AbstractContextManager[None]:
-    """Turns an error about memory in training into `training_message`, as `memory_for` does."""
-    return memory_for(lambda reason: training_message(run, reason))
+@contextlib.contextmanager
+def memory_to_train(run: Run) -> Iterator[None]:
+    """Turns an error about memory in training into `training_message` or `host_message`."""
+    with (
+        host_memory_for(host_message),
+        memory_for(lambda reason: training_message(run, reason)),
+    ):
+        yield
 
 
 def memory_to_evaluate(run: Run) -> contextlib.AbstractContextManager[None]:
@@ -36,6 +41,8 @@ def training_message(run: Run, reason: str) -> str:
     resumable.append("the same command on more devices")
     if run.model.dtype != jnp.bfloat16:
         others.insert(0, "config.model.dtype=bfloat16")
+    if run.teacher:
+        others.append("a smaller config.distillation.teacher")
     plan = ""
     if run.mesh.devices.flat[0].platform == "tpu":
         plan = "; tools/plan_tpu.py computes beforehand what fits"
@@ -54,6 +61,14 @@ def evaluation_message(run: Run, reason: str) -> str:
         f"not enough memory on {counted(devices, 'device')} to evaluate {run.model_name} with "
         f"config.eval.batch_size={size}, {counted(size // devices, 'image')} per device, while it "
         f"trains ({reason}): resume the run with {smaller}"
+    )
+
+
+def host_message(reason: str) -> str:
+    """Returns the sentence for a host that has too little memory; `reason` is Python's."""
+    return (
+        f"not enough memory on this host ({reason}): free some, or try fewer config.data.workers, "
+        "with which a run may be resumed, or else a smaller config.batch_size in a new --workdir"
     )
 
 

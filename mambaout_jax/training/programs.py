@@ -17,6 +17,7 @@ from mambaout_jax.training.pictures import Pictures, open_pictures
 from mambaout_jax.training.run import Run
 from mambaout_jax.training.state import TrainState
 from mambaout_jax.training.step import compile_train_step
+from mambaout_jax.training.teacher import memory_for_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +72,11 @@ def compile_programs(
     batch = abstract_batch(run.batch_size, run.image_size, run.mesh, run.task.dense)
     del batch["mask"]
     # On each device before the first step, so that no step moves them.
-    rest = (np.asarray(jax.random.key_data(key)), *([run.teacher.params] if run.teacher else ()))
-    rest = jax.device_put(rest, NamedSharding(run.mesh, P()))
+    everywhere = NamedSharding(run.mesh, P())
+    rest: tuple[Any, ...] = (jax.device_put(np.asarray(jax.random.key_data(key)), everywhere),)
+    if run.teacher:
+        with memory_for_teacher(run.teacher.name):
+            rest += (jax.block_until_ready(jax.device_put(run.teacher.params, everywhere)),)
     traced = train_step.trace(target, batch, *rest)
     on_gpus = run.mesh.devices.flat[0].platform == "gpu"
     lowered = lower_in_threads(traced) if on_gpus else traced.lower()

@@ -145,12 +145,14 @@ def import_in_background() -> None:
     """Imports the modules of the first log line and the first curves, in a thread.
 
     This takes seconds if PyTorch is installed, because tensorboardX imports it. Python waits for
-    the thread at its end: an import that is cut off can crash it.
+    the thread at its end: an import that is cut off can crash it. One that fails, as on a host
+    whose memory is full, fails again where the module is used.
     """
 
     def imports() -> None:
-        import matplotlib.figure  # noqa: F401
-        import tensorboardX.event_file_writer  # noqa: F401
+        with contextlib.suppress(ImportError, MemoryError):
+            import matplotlib.figure  # noqa: F401
+            import tensorboardX.event_file_writer  # noqa: F401
 
     threading.Thread(target=imports, name="imports").start()
 

@@ -1,8 +1,9 @@
 """The teacher of a distillation: any weights of a classifier, or an exported network."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.inference.exported import ExportedNetwork, read_exported
 from mambaout_jax.labels import class_names
 from mambaout_jax.models.mambaout import MambaOut, on_device
+from mambaout_jax.runtime.memory import host_memory_for, memory_for
 from mambaout_jax.weights.load import read_weights
 
 Triple = Sequence[float]  # of R, G and B
@@ -22,10 +24,12 @@ class Teacher:
     """A network that is not trained.
 
     Attributes:
+        name: of its weights.
         params: numpy arrays; each device has a copy of all.
         logits: of `params` and the run's inputs, float32 [N, H, W, 3]: float32 [N, classes].
     """
 
+    name: str
     params: Any
     logits: Callable[[Any, jax.Array], jax.Array]
 
@@ -55,8 +59,33 @@ def read_teacher(
         device: one of those that it runs on.
 
     Raises:
-        UserError: it cannot be read, has other classes, or does not take images of this size.
+        UserError: it cannot be read, has other classes, does not take images of this size, or does
+            not fit into memory.
     """
+    with memory_for_teacher(name):
+        return _read(name, classes, image_size, mean, std, dtype, device)
+
+
+@contextlib.contextmanager
+def memory_for_teacher(name: str) -> Iterator[None]:
+    """Turns an error about memory into a sentence about the teacher, as `memory_for` does."""
+
+    def message(reason: str) -> str:
+        return f"the teacher {name} does not fit into memory ({reason}): expected a smaller one"
+
+    with host_memory_for(message), memory_for(message):
+        yield
+
+
+def _read(
+    name: str,
+    classes: Sequence[str],
+    image_size: int,
+    mean: Triple,
+    std: Triple,
+    dtype: str,
+    device: jax.Device,
+) -> Teacher:
     params: Any
     if name.endswith(".zip"):
         exported = read_exported(name)
@@ -85,7 +114,7 @@ def read_teacher(
         jax.eval_shape(logits, params, images)
     except UserError as error:
         raise UserError(f"the teacher {name}: {error}") from None
-    return Teacher(params, logits)
+    return Teacher(name, params, logits)
 
 
 def _check_classes(
