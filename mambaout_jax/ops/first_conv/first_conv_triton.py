@@ -173,25 +173,24 @@ def first_convolution_gradient(
     shift = load(shift_ptr + lane, lane < features)[None, :]
     row = tl.arange(0, rows)
     dmatrix = tl.zeros((taps, lanes), tl.float32)
-    dscale = tl.zeros((rows, lanes), tl.float32)
-    dshift = tl.zeros((rows, lanes), tl.float32)
+    dscale = tl.zeros((rows // 2, lanes), tl.float32)
+    dshift = tl.zeros((rows // 2, lanes), tl.float32)
     place = row[:, None] * features + lane[None, :]
     first = tl.program_id(0).to(tl.int64) * steps * rows
     mask = (row < pixels - first)[:, None] & (lane < features)[None, :]
     next_dy = tl.load(dy_ptr + first * features + place, mask=mask, other=0)
-    next_patches = _load_patches(images_ptr, first, pixels, height, width, channels, rows, taps)
     for _ in range(steps):
-        present, dy, patches = mask, next_dy.to(tl.float32), next_patches
+        patches = _load_patches(images_ptr, first, pixels, height, width, channels, rows, taps)
+        present, dy = mask, next_dy.to(tl.float32)
         # The next tile is loaded while this one is computed.
         first += rows
         mask = (row < pixels - first)[:, None] & (lane < features)[None, :]
         next_dy = tl.load(dy_ptr + first * features + place, mask=mask, other=0)
-        next_patches = _load_patches(images_ptr, first, pixels, height, width, channels, rows, taps)
         normalised, factor = _normalised(patches, matrix, features, lanes, epsilon, exact)
         _, slope = activation(normalised * scale + shift, act, exact)
         dy *= slope
-        dscale += dy * normalised
-        dshift += dy
+        dscale += _pairs(dy * normalised, rows, lanes)
+        dshift += _pairs(dy, rows, lanes)
         dy *= scale
         part = tl.sum(dy * normalised, axis=1, keep_dims=True) / features
         mean = tl.sum(dy, axis=1, keep_dims=True) / features
@@ -205,6 +204,13 @@ def first_convolution_gradient(
     place = dnorm_ptr + tl.program_id(0) * 2 * features + lane
     store(place, tl.sum(dscale, axis=0), lane < features)
     store(place + features, tl.sum(dshift, axis=0), lane < features)
+
+
+@triton.jit
+def _pairs(values, rows: tl.constexpr, lanes: tl.constexpr):
+    """Returns the sums of two rows each, which one thread has in a matrix product's result."""
+    pairs = tl.sum(tl.reshape(values, (rows // 16, 2, 8, lanes)), axis=1)
+    return tl.reshape(pairs, (rows // 2, lanes))
 
 
 @triton.jit
