@@ -27,7 +27,7 @@ import numpy as np
 
 from mambaout_jax.ops import norm_triton, norm_xla
 from mambaout_jax.ops.depthwise import triton_kernels, xla
-from mambaout_jax.ops.first_conv import first_conv_triton
+from mambaout_jax.ops.first_conv import triton_kernels as first_conv
 from mambaout_jax.ops.first_conv import xla as first_conv_xla
 from mambaout_jax.ops.gated_conv import gpu as gated_conv
 from mambaout_jax.ops.gated_conv import xla as gated_conv_xla
@@ -149,9 +149,7 @@ def stem_cases(batch: int, dtype: str) -> Iterator[Case]:
         for function, args in (("forward", (x, *weights)), ("backward", (x, *weights, dy))):
             yield Case(
                 f"stem {function:10} {'x'.join(map(str, shape))} to {features}",
-                functools.partial(
-                    getattr(first_conv_triton, function), act="gelu", epsilon=_EPSILON
-                ),
+                functools.partial(getattr(first_conv, function), act="gelu", epsilon=_EPSILON),
                 functools.partial(getattr(first_conv_xla, function), act="gelu", epsilon=_EPSILON),
                 args,
                 calls,

@@ -16,12 +16,8 @@ in `Predictor`:
   python benchmarks/gpu_step.py --modes latency --batch=1 --timm_modes reduce-overhead
 
 The first row is the base of the ratios. If a row fails, its error is printed, the others follow,
-and the exit status is 1. Other sizes, beside XLA's convolutions:
-
-  python benchmarks/gpu_step.py --models mambaout_femto --no_timm --depthwise xla auto \
-      --size 97 131 --batch=17
-
-For the cost of an SSM in the last two stages, with each implementation of the selective scan:
+and the exit status is 1. For the cost of an SSM in the last two stages, with each implementation of
+the selective scan:
 
   python benchmarks/gpu_step.py --models mambaout_tiny --modes train --batch=128 --no_timm \
       --token_mixers conv conv,conv,conv_ssm,conv_ssm --scans triton chunked scan
@@ -95,7 +91,7 @@ def ours(
         lambda leaf: jnp.asarray(0.02 * random.standard_normal(leaf.shape, np.float32)), shapes
     )
     images = jax.random.normal(key, (*shape, 3), jnp.float32)
-    options = compiler_options("gpu")
+    options = compiler_options(jax.default_backend())
     if mode == "latency":
         answer = jax.jit(
             lambda images: network.apply({"params": params}, images), compiler_options=options
@@ -190,18 +186,21 @@ def print_rates(
     call()
     wait()
     seconds = time.perf_counter() - started
-    for _ in range(steps):
-        call()
-    wait()
-    rates = []
-    for _ in range(_ROUNDS):
+    rates = [batch / each for each in seconds_a_call(steps, call, wait)]
+    rate = statistics.median(rates)
+    print(json.dumps({"rate": rate, "rates": rates, "first": seconds, "peak": peak()}))
+
+
+def seconds_a_call(steps: int, call: Callable, wait: Callable) -> list[float]:
+    """Returns the time of a call in each of several rounds, after one that is not counted."""
+    times = []
+    for _ in range(1 + _ROUNDS):
         started = time.perf_counter()
         for _ in range(steps):
             call()
         wait()
-        rates.append(batch * steps / (time.perf_counter() - started))
-    rate = statistics.median(rates)
-    print(json.dumps({"rate": rate, "rates": rates, "first": seconds, "peak": peak()}))
+        times.append((time.perf_counter() - started) / steps)
+    return times[1:]
 
 
 def run_side(script: str, name: str, job: list[Any], base: float) -> float:
@@ -234,7 +233,6 @@ def main() -> None:
     choice = {"nargs": "+", "default": ["train", "infer"], "choices": list(_STEPS)}
     parser.add_argument("--modes", **choice)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--size", nargs=2, type=int, default=[224, 224], help="height, width")
     parser.add_argument("--depthwise", nargs="+", default=["auto"], help="config.model.depthwise")
     parser.add_argument("--token_mixers", nargs="+", default=["conv"], help="of ours")
     parser.add_argument(
@@ -263,7 +261,7 @@ def main() -> None:
             base = 0.0
             for number, (side, *options) in enumerate(sides):
                 name = f"{model:16} {mode:5} {' '.join((side, *options))}"
-                job = [side, model, (args.batch, *args.size), mode, *options]
+                job = [side, model, (args.batch, 224, 224), mode, *options]
                 rate = run_side(__file__, name, job, base)
                 base = base if number else rate
                 failed |= math.isnan(rate)

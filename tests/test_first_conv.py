@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_gated_conv import assert_close
+from test_gated_conv import assert_close, loss_and_gradients
 
 from mambaout_jax.models.mambaout import Stem
 
@@ -24,16 +24,8 @@ def stem_and_data(**options):
     return stem, params, images, target
 
 
-def gradients(stem, params, images, target):
-    @jax.jit
-    def both(params, images):
-        def loss(params, images):
-            y = stem.apply({"params": params}, images)
-            return ((y - target).astype(jnp.float32) ** 2).sum()
-
-        return jax.value_and_grad(loss, (0, 1))(params, images)
-
-    return both(params, images)
+def gradients(stem, *args):
+    return loss_and_gradients(stem.apply, *args)
 
 
 @pytest.mark.parametrize("act", ["gelu", "silu"])

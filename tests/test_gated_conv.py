@@ -1,5 +1,6 @@
 """The convolution and the gate in one operation, and the network that uses it."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -24,12 +25,15 @@ def block_and_data(width=24, **options):
 
 
 def gradients(block, params, x, target):
+    rngs = {"dropout": jax.random.key(1)}
+    return loss_and_gradients(partial(block.apply, train=True, rngs=rngs), params, x, target)
+
+
+def loss_and_gradients(apply, params, x, target):
     @jax.jit
     def both(params, x):
         def loss(params, x):
-            rngs = {"dropout": jax.random.key(1)}
-            y = block.apply({"params": params}, x, train=True, rngs=rngs)
-            return ((y - target).astype(jnp.float32) ** 2).sum()
+            return ((apply({"params": params}, x) - target).astype(jnp.float32) ** 2).sum()
 
         return jax.value_and_grad(loss, (0, 1))(params, x)
 

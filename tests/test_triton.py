@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton_calls  # noqa: E402
 from triton_calls import (  # noqa: E402
     depthwise,
-    first_conv_triton,
+    first_conv,
     gate_triton,
     norm_triton,
     selective_scan,
@@ -64,9 +64,7 @@ def calls(kernels, side, channels, dtype="bfloat16"):
     if kernels == "filter gradient":
         return partial(depthwise.filter_gradient, size=7), (x, x)
     if kernels.startswith("first"):
-        function = (
-            first_conv_triton.backward if "gradient" in kernels else first_conv_triton.forward
-        )
+        function = first_conv.backward if "gradient" in kernels else first_conv.forward
         images, kernel = (
             array(*sizes, dtype=dtype) for sizes in ((256, 224, 224, 3), (3, 3, 3, 48))
         )

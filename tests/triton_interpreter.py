@@ -21,7 +21,7 @@ from triton_calls import MODULES, interpret
 from mambaout_jax.ops import norm_triton
 from mambaout_jax.ops.depthwise import gpu
 from mambaout_jax.ops.depthwise import xla as xla_depthwise
-from mambaout_jax.ops.first_conv import first_conv_triton
+from mambaout_jax.ops.first_conv import triton_kernels as first_conv
 from mambaout_jax.ops.gated_conv import gpu as gated_conv
 from mambaout_jax.ops.patches import xla_conv
 from mambaout_jax.ops.selective_scan import triton_kernels as scan_kernels
@@ -159,8 +159,8 @@ def test_first_convolution_agrees_with_float64(sides, features, dtype, act, seed
     *args, dy = (jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes)
     args[3:] = (array.astype(jnp.float32) for array in args[3:])
     options = {"act": act, "epsilon": 1e-6}
-    y = first_conv_triton.forward(*args, **options)
-    gradients = first_conv_triton.backward(*args, dy, **options)
+    y = first_conv.forward(*args, **options)
+    gradients = first_conv.backward(*args, dy, **options)
     with jax.enable_x64(True):
         wide = [np.asarray(array, np.float64) for array in args]
         expected, pull = jax.vjp(functools.partial(first_convolution, **options), *wide)

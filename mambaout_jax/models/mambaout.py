@@ -109,9 +109,9 @@ class GatedCNNBlock(nn.Module):
 
     With an SSM after the convolution it is Mamba's block; `models.mixers` has the token mixers.
     `layer_scale` is the initial value of the factor on each channel of the branch; None for none.
-    Blocks whose token mixer is the convolution, in bfloat16, are computed by `ops.gated_block`
-    where its kernels need at most `fused_vmem` MiB of a TPU's vector memory and a device has at
-    least 8 images; 0 for none. With `fused_gpu`, `ops.gated_conv` computes the convolution and the
+    Blocks whose token mixer is the convolution, in bfloat16 and with at least 8 images on a device,
+    are computed by `ops.gated_block` where its kernels need at most `fused_vmem` MiB of a TPU's
+    vector memory; 0 for none. With `fused_gpu`, `ops.gated_conv` computes the convolution and the
     gate.
     """
 

@@ -1,13 +1,16 @@
 """Where our kernels can be used; elsewhere XLA's own operations are, with one warning."""
 
+import dataclasses
 import functools
 import importlib
 import logging
+from collections.abc import Callable, Hashable
+from types import ModuleType
 
 import jax
 from jax.export import is_symbolic_dim
 
-from mambaout_jax.ops.lowering import Target
+from mambaout_jax.ops.lowering import Target, call_for_target
 from mambaout_jax.ops.sharded import images_on_device
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,37 @@ _LEAST_VMEM = 16
 _LEAST_IMAGES = 8
 _CHIPS = {"cuda": "NVIDIA GPUs", "tpu": "TPUs"}
 _LEAST_CAPABILITY = (8, 0)  # of the GPUs that Triton compiles for
+
+
+def by_kernels(
+    platform: str, kernels: str, reference: ModuleType, name: str, **options: Hashable
+) -> Callable:
+    """Returns a function in two versions, of which one is chosen when the program is lowered.
+
+    Args:
+        platform: "cuda" or "tpu".
+        kernels: the module of the version in kernels, for programs for the platform where they can
+            be used; it is imported then.
+        reference: the module of the version in JAX operations, for all others.
+        name: of the function.
+        **options: passed on as keywords.
+    """
+    choose = _Choice(platform, kernels, reference, name)
+    return functools.partial(call_for_target, choose, getattr(reference, name), **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    platform: str
+    kernels: str
+    reference: ModuleType
+    name: str
+
+    def __call__(self, target: Target) -> Callable:
+        usable = target.platform == self.platform and kernels_usable(target)
+        return getattr(
+            importlib.import_module(self.kernels) if usable else self.reference, self.name
+        )
 
 
 def kernels_usable(

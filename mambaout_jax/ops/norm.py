@@ -1,6 +1,5 @@
 """LayerNorm over channels and its gradient, on NVIDIA GPUs each in one pass over the maps."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +9,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from mambaout_jax.ops import norm_xla
-from mambaout_jax.ops.kernels import kernels_usable
-from mambaout_jax.ops.lowering import Target, call_for_target
+from mambaout_jax.ops.kernels import by_kernels
 from mambaout_jax.ops.sharded import on_parts
 
 
@@ -61,20 +59,6 @@ layer_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _for_target(name: str, x: jax.Array, **options: Any) -> Callable:
-    """Returns the function of that name, of the module that is chosen when it is lowered."""
-    reference = getattr(norm_xla, name)
     if x.ndim <= 2:  # for vectors, as in the head, a kernel compiles longer than it saves
-        return functools.partial(reference, **options)
-    return functools.partial(call_for_target, _Choice(name), reference, **options)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    function: str
-
-    def __call__(self, target: Target) -> Callable:
-        if target.platform != "cuda" or not kernels_usable(target):
-            return getattr(norm_xla, self.function)
-        from mambaout_jax.ops import norm_triton
-
-        return getattr(norm_triton, self.function)
+        return functools.partial(getattr(norm_xla, name), **options)
+    return by_kernels("cuda", "mambaout_jax.ops.norm_triton", norm_xla, name, **options)

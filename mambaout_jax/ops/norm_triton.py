@@ -88,10 +88,8 @@ def layer_norm(
         first = (tl.program_id(0).to(tl.int64) * steps + step) * rows
         mask = (channel < channels) & (row < pixels - first)
         index = row * channels + channel
-        normalised, _ = _normalised(
-            load(x_ptr + first * channels + index, mask), mask, channels, epsilon
-        )
-        store(y_ptr + first * channels + index, normalised * scale + bias, mask)
+        y, _ = normalised(load(x_ptr + first * channels + index, mask), mask, channels, epsilon)
+        store(y_ptr + first * channels + index, y * scale + bias, mask)
 
 
 @triton.jit
@@ -131,14 +129,12 @@ def layer_norm_gradient(
         next_mask = (channel < channels) & (row < pixels - next_first)
         next_x = tl.load(x_ptr + next_first * channels + index, mask=next_mask, other=0)
         next_dy = tl.load(dy_ptr + next_first * channels + index, mask=next_mask, other=0)
-        normalised, factor = _normalised(x.to(tl.float32), mask, channels, epsilon)
-        scaled = dy * scale
-        slope = _mean(scaled * normalised, channels)
-        dx = factor * (scaled - _mean(scaled, channels) - normalised * slope)
+        y, factor = normalised(x.to(tl.float32), mask, channels, epsilon)
+        dx = normalised_gradient(y, factor, dy * scale, channels)
         if has_shortcut:
             dx += load(shortcut_ptr + first * channels + index, mask)
         store(dx_ptr + first * channels + index, dx, mask)
-        dscale += dy * normalised
+        dscale += dy * y
         dbias += dy
     place = tl.program_id(0) * channels + lane
     store(dscale_ptr + place, tl.sum(dscale, axis=0), lane < channels)
@@ -146,11 +142,21 @@ def layer_norm_gradient(
 
 
 @triton.jit
-def _normalised(x, mask, channels: tl.constexpr, epsilon: tl.constexpr):
-    """Returns x with mean 0 and variance 1, and 1 / standard deviation."""
+def normalised(x, mask, channels: tl.constexpr, epsilon: tl.constexpr):
+    """Returns x with mean 0 and variance 1 in each row, and 1 / standard deviation.
+
+    x is 0 outside of the mask.
+    """
     centred = tl.where(mask, x - _mean(x, channels), 0)
     factor = tl.rsqrt(_mean(centred * centred, channels) + epsilon)
     return centred * factor, factor
+
+
+@triton.jit
+def normalised_gradient(y, factor, dy, channels: tl.constexpr):
+    """Returns the gradient of x for that of y, where `normalised` returns y and the factor."""
+    slope = _mean(dy * y, channels)
+    return factor * (dy - _mean(dy, channels) - y * slope)
 
 
 @triton.jit

@@ -81,3 +81,9 @@ def load(pointers, mask):
 def store(pointers, values, mask):
     """Stores values in the dtype of the array."""
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_at(values, index: tl.constexpr, value):
+    """Returns the list with a value added to one of its tiles."""
+    return values[:index] + [values[index] + value] + values[index + 1 :]

@@ -20,7 +20,7 @@ def memory_to_train(run: Run) -> Iterator[None]:
 
 
 def memory_to_evaluate(run: Run) -> contextlib.AbstractContextManager[None]:
-    """Turns one in an evaluation during training into `evaluation_message`."""
+    """Turns an error about memory in an evaluation during training into `evaluation_message`."""
     return memory_for(lambda reason: evaluation_message(run, reason))
 
 

@@ -63,7 +63,36 @@ def read_teacher(
             not fit into memory.
     """
     with memory_for_teacher(name):
-        return _read(name, classes, image_size, mean, std, dtype, device)
+        params: Any
+        if name.endswith(".zip"):
+            exported = read_exported(name)
+            _check_classes(name, exported.labels, len(exported.labels), classes)
+            if exported.shape[:2] != (image_size, image_size):
+                height, width = exported.shape[:2]
+                raise UserError(
+                    f"the teacher {name} takes images of {height}x{width} pixels: expected "
+                    f"--config.data.image_size={height}, not {image_size}"
+                )
+            params = exported.weights
+            logits = functools.partial(_exported_logits, exported=exported, mean=mean, std=std)
+        else:
+            params, info = read_weights(name)
+            info.check_task("classification", "expected a classifier as the teacher")
+            _check_classes(name, info.class_names, info.num_classes, classes)
+            model = on_device(info.create_model(dtype=jnp.dtype(dtype)), device)
+            theirs = info.preprocessing
+            scale = tuple(ours / own for ours, own in zip(std, theirs.std, strict=True))
+            shift = tuple(
+                (ours - own) / by
+                for ours, own, by in zip(mean, theirs.mean, theirs.std, strict=True)
+            )
+            logits = functools.partial(_logits, model=model, scale=scale, shift=shift)
+        images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+        try:
+            jax.eval_shape(logits, params, images)
+        except UserError as error:
+            raise UserError(f"the teacher {name}: {error}") from None
+        return Teacher(name, params, logits)
 
 
 @contextlib.contextmanager
@@ -75,46 +104,6 @@ def memory_for_teacher(name: str) -> Iterator[None]:
 
     with host_memory_for(message), memory_for(message):
         yield
-
-
-def _read(
-    name: str,
-    classes: Sequence[str],
-    image_size: int,
-    mean: Triple,
-    std: Triple,
-    dtype: str,
-    device: jax.Device,
-) -> Teacher:
-    params: Any
-    if name.endswith(".zip"):
-        exported = read_exported(name)
-        _check_classes(name, exported.labels, len(exported.labels), classes)
-        if exported.shape[:2] != (image_size, image_size):
-            height, width = exported.shape[:2]
-            raise UserError(
-                f"the teacher {name} takes images of {height}x{width} pixels: expected "
-                f"--config.data.image_size={height}, not {image_size}"
-            )
-        params = exported.weights
-        logits = functools.partial(_exported_logits, exported=exported, mean=mean, std=std)
-    else:
-        params, info = read_weights(name)
-        info.check_task("classification", "expected a classifier as the teacher")
-        _check_classes(name, info.class_names, info.num_classes, classes)
-        model = on_device(info.create_model(dtype=jnp.dtype(dtype)), device)
-        theirs = info.preprocessing
-        scale = tuple(ours / own for ours, own in zip(std, theirs.std, strict=True))
-        shift = tuple(
-            (ours - own) / by for ours, own, by in zip(mean, theirs.mean, theirs.std, strict=True)
-        )
-        logits = functools.partial(_logits, model=model, scale=scale, shift=shift)
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
-    try:
-        jax.eval_shape(logits, params, images)
-    except UserError as error:
-        raise UserError(f"the teacher {name}: {error}") from None
-    return Teacher(name, params, logits)
 
 
 def _check_classes(

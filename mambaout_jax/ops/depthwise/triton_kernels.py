@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from mambaout_jax.ops.triton_launch import launch, load, store
+from mambaout_jax.ops.triton_launch import add_at, launch, load, store
 
 _WIDE = 14  # columns that a program sums at once; half as many on narrower maps
 # Of the filter gradient: rows of dy that a thread takes at once, its channels, most taps that it
@@ -180,12 +180,6 @@ def _load_column(
 
 
 @triton.jit
-def _add_at(values, index: tl.constexpr, value):
-    """Returns the list with a value added to one of its tiles."""
-    return values[:index] + [values[index] + value] + values[index + 1 :]
-
-
-@triton.jit
 def _convolved(
     x_ptr,
     kernel_ptr,
@@ -231,7 +225,7 @@ def _convolved(
                 )
                 for result in tl.static_range(columns):
                     if _inside(column + edge - result, size):
-                        sums = _add_at(sums, result, values * taps[column + edge - result])
+                        sums = add_at(sums, result, values * taps[column + edge - result])
     return sums, first, first_column, row, channel, exists
 
 

@@ -6,7 +6,6 @@ them from the images; its backward pass computes them again, so that nothing is 
 on NVIDIA GPUs, or where the kernels cannot be used, these are JAX operations.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mambaout_jax.ops.first_conv import xla
-from mambaout_jax.ops.kernels import kernels_usable
-from mambaout_jax.ops.lowering import Target, call_for_target
+from mambaout_jax.ops.kernels import by_kernels
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts
 
 
@@ -78,19 +76,5 @@ first_conv.defvjp(_forward, _backward)
 
 
 def _for_target(name: str, act: str, epsilon: float) -> Callable:
-    """Returns the function of that name, of the module that is chosen when it is lowered."""
-    return functools.partial(
-        call_for_target, _Choice(name), getattr(xla, name), act=act, epsilon=epsilon
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    function: str
-
-    def __call__(self, target: Target) -> Callable:
-        if target.platform != "cuda" or not kernels_usable(target):
-            return getattr(xla, self.function)
-        from mambaout_jax.ops.first_conv import first_conv_triton
-
-        return getattr(first_conv_triton, self.function)
+    module = "mambaout_jax.ops.first_conv.triton_kernels"
+    return by_kernels("cuda", module, xla, name, act=act, epsilon=epsilon)

@@ -11,7 +11,6 @@ norm's scale and bias and the convolution's bias into them. Elsewhere than on TP
 JAX operations.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,8 +20,7 @@ import jax.numpy as jnp
 
 from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
 from mambaout_jax.ops.gated_block import xla
-from mambaout_jax.ops.kernels import kernels_usable
-from mambaout_jax.ops.lowering import Target, call_for_target
+from mambaout_jax.ops.kernels import by_kernels
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts, summed_in
 
 _LANES = 128
@@ -208,23 +206,10 @@ def _rounded(weights: tuple[jax.Array, ...], dtype: Any) -> tuple[jax.Array, ...
 
 
 def _for_target(name: str, **options: str) -> Callable:
-    """Returns the function of that name, of the module that is chosen when it is lowered."""
-    choose, reference = _Choice(name), getattr(xla, name)
+    function = by_kernels("tpu", "mambaout_jax.ops.gated_block.tpu", xla, name, **options)
 
     def call(*args: jax.Array) -> tuple[jax.Array, ...]:
-        results = call_for_target(choose, reference, *args, **options)
+        results = function(*args)
         return results if isinstance(results, tuple) else (results,)
 
     return call
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    function: str
-
-    def __call__(self, target: Target) -> Callable:
-        if target.platform != "tpu" or not kernels_usable(target):
-            return getattr(xla, self.function)
-        from mambaout_jax.ops.gated_block import tpu
-
-        return getattr(tpu, self.function)

@@ -7,7 +7,6 @@ write them in place; docs/performance.md has the figures. Elsewhere than on NVID
 the kernels cannot be used, these are JAX operations.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mambaout_jax.ops.gated_conv import xla
-from mambaout_jax.ops.kernels import kernels_usable
-from mambaout_jax.ops.lowering import Target, call_for_target
+from mambaout_jax.ops.kernels import by_kernels
 from mambaout_jax.ops.sharded import on_mesh_of, on_parts, summed_in
 
 
@@ -59,17 +57,4 @@ gated_conv.defvjp(_forward, _backward)
 
 
 def _for_target(name: str, act: str) -> Callable:
-    """Returns the function of that name, of the module that is chosen when it is lowered."""
-    return functools.partial(call_for_target, _Choice(name), getattr(xla, name), act=act)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    function: str
-
-    def __call__(self, target: Target) -> Callable:
-        if target.platform != "cuda" or not kernels_usable(target):
-            return getattr(xla, self.function)
-        from mambaout_jax.ops.gated_conv import gpu
-
-        return getattr(gpu, self.function)
+    return by_kernels("cuda", "mambaout_jax.ops.gated_conv.gpu", xla, name, act=act)

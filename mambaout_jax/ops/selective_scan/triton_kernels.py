@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from mambaout_jax.ops.selective_scan.xla import CHUNK
-from mambaout_jax.ops.triton_launch import launch, load, store
+from mambaout_jax.ops.triton_launch import add_at, launch, load, store
 
 _TILE = (4, 8)  # states, channels
 _CHANNELS = 16  # of a program
@@ -266,8 +266,8 @@ def selective_scan_gradient(
                     da_ij += delta[t][j] * in_exponent
                     by_b = _add_at_both(by_b, j, t, g * b_i[t])
                     by_decay = _add_at_both(by_decay, j, t, exponents[0][j] * in_exponent)
-                    db_i = _add_at(db_i, t, g * (delta[t][j] * x[t][j]))
-                    dc_i = _add_at(dc_i, t, states[t + 1] * dy[t][j])
+                    db_i = add_at(db_i, t, g * (delta[t][j] * x[t][j]))
+                    dc_i = add_at(dc_i, t, states[t + 1] * dy[t][j])
                 dh_i += [dh_ij]
                 da_i += [da_ij]
             db = _with_column(db, i, db_i, lane)
@@ -283,7 +283,7 @@ def selective_scan_gradient(
                 by_b_sum = _over(0, by_b[j][t])
                 dx_t += [delta[t][j] * by_b_sum + d[j] * dy[t][j]]
                 ddelta_t += [x[t][j] * by_b_sum + _LN2 * _over(0, by_decay[j][t])]
-                dd = _add_at(dd, j, dy[t][j] * x[t][j])
+                dd = add_at(dd, j, dy[t][j] * x[t][j])
             _store_tokens(dx_ptr, first + t, e, dx_t, length, channels)
             _store_tokens(ddelta_ptr, first + t, e, ddelta_t, length, channels)
             place = s[0] + lane  # in column i: the states of the tile i
@@ -411,11 +411,5 @@ def _with_column(tiles, i, values, lane):
 
 
 @triton.jit
-def _add_at(values, index: tl.constexpr, value):
-    """Returns the list with a value added to one of its tiles."""
-    return values[:index] + [values[index] + value] + values[index + 1 :]
-
-
-@triton.jit
 def _add_at_both(values, j: tl.constexpr, t: tl.constexpr, value):
-    return values[:j] + [_add_at(values[j], t, value)] + values[j + 1 :]
+    return values[:j] + [add_at(values[j], t, value)] + values[j + 1 :]

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mambaout_jax.ops.activation_triton import activation
+from mambaout_jax.ops.norm_triton import normalised, normalised_gradient
 from mambaout_jax.ops.triton_launch import launch, load, store
 
 _ROWS, _WARPS = 64, 4  # pixels of a tile, warps of a program
@@ -138,8 +139,9 @@ def first_convolution(
     for step in range(steps):
         first = (tl.program_id(0).to(tl.int64) * steps + step) * rows
         patches = _load_patches(images_ptr, first, pixels, height, width, channels, rows, taps)
-        normalised, _ = _normalised(patches, matrix, features, lanes, epsilon, exact)
-        active, _ = activation(normalised * scale + shift, act, exact)
+        convolved = _product(patches, matrix, exact)  # 0 where there is no feature
+        y, _ = normalised(convolved, (lane < features)[None, :], features, epsilon)
+        active, _ = activation(y * scale + shift, act, exact)
         mask = (row < pixels - first)[:, None] & (lane < features)[None, :]
         store(y_ptr + first * features + (row[:, None] * features + lane[None, :]), active, mask)
 
@@ -186,16 +188,15 @@ def first_convolution_gradient(
         first += rows
         mask = (row < pixels - first)[:, None] & (lane < features)[None, :]
         next_dy = tl.load(dy_ptr + first * features + place, mask=mask, other=0)
-        normalised, factor = _normalised(patches, matrix, features, lanes, epsilon, exact)
-        _, slope = activation(normalised * scale + shift, act, exact)
+        convolved = _product(patches, matrix, exact)  # 0 where there is no feature
+        y, factor = normalised(convolved, (lane < features)[None, :], features, epsilon)
+        _, slope = activation(y * scale + shift, act, exact)
         dy *= slope
-        dscale += _pairs(dy * normalised, rows, lanes)
+        dscale += _pairs(dy * y, rows, lanes)
         dshift += _pairs(dy, rows, lanes)
-        dy *= scale
-        part = tl.sum(dy * normalised, axis=1, keep_dims=True) / features
-        mean = tl.sum(dy, axis=1, keep_dims=True) / features
-        # A column of zeros: where there is no feature, dy and normalised are 0, but not the mean.
-        dconv = tl.where(present, factor * (dy - mean - normalised * part), 0)
+        # Not 0 where there is no feature: the mean is subtracted there too.
+        dconv = normalised_gradient(y, factor, dy * scale, features)
+        dconv = tl.where(present, dconv, 0)
         dmatrix += _product(tl.trans(patches), dconv.to(patches.dtype), exact)
     tap = tl.arange(0, taps)[:, None]
     place = (tl.program_id(0) * (9 * channels + 1) + tap) * features + lane[None, :]
@@ -208,7 +209,7 @@ def first_convolution_gradient(
 
 @triton.jit
 def _pairs(values, rows: tl.constexpr, lanes: tl.constexpr):
-    """Returns the sums of two rows each, which one thread has in a matrix product's result."""
+    """Returns the sums of rows 8 apart: a thread has both in the result of a matrix product."""
     pairs = tl.sum(tl.reshape(values, (rows // 16, 2, 8, lanes)), axis=1)
     return tl.reshape(pairs, (rows // 2, lanes))
 
@@ -256,25 +257,6 @@ def _load_patches(
     images_ptr += image * (height * width * channels)
     one = (tap == 9 * channels)[None, :].to(tl.float32).to(images_ptr.dtype.element_ty)
     return tl.load(images_ptr + (corner[:, None] + offset[None, :]), mask=mask, other=one)
-
-
-@triton.jit
-def _normalised(
-    patches,
-    matrix,
-    features: tl.constexpr,
-    lanes: tl.constexpr,
-    epsilon: tl.constexpr,
-    exact: tl.constexpr,
-):
-    """Returns the convolution with mean 0 and variance 1, and 1 / standard deviation."""
-    lane = tl.arange(0, lanes)[None, :]
-    convolved = _product(patches, matrix, exact)  # 0 where there is no feature
-    mean = tl.sum(convolved, axis=1, keep_dims=True) / features
-    centred = tl.where(lane < features, convolved - mean, 0)
-    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / features
-    factor = tl.rsqrt(variance + epsilon)
-    return centred * factor, factor
 
 
 @triton.jit
