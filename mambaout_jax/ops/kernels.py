@@ -58,9 +58,8 @@ class _Choice:
 
     def __call__(self, target: Target) -> Callable:
         usable = target.platform == self.platform and kernels_usable(target)
-        return getattr(
-            importlib.import_module(self.kernels) if usable else self.reference, self.name
-        )
+        module = importlib.import_module(self.kernels) if usable else self.reference
+        return getattr(module, self.name)
 
 
 def kernels_usable(
