@@ -37,7 +37,7 @@ extras = {
     "fast": fast,
     "tpu": ["jax[tpu]", *fast],
     "plan": ["libtpu"],
-    "cuda": ["jax[cuda13]", "jax-triton>=0.3.1,<0.5", *fast],
+    "cuda": ["jax[cuda13]", "jax-triton>=0.3.1,<0.5", "flatbuffers>=24", *fast],
     "torch": ["torch>=2.6"],
     "verify": ["torch>=2.6", "timm>=1.0.14"],
     # What tests compare with.

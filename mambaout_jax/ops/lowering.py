@@ -4,20 +4,33 @@
 a program for CPUs or TPUs imports no GPU kernel.
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.export import is_symbolic_dim
+from jax.export import Exported, is_symbolic_dim
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 from jax.interpreters import batching, mlir
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call in a program: shapes and dtypes of its arrays, and its parameters by name."""
+
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
+    params: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *args: jax.Array) -> list[jax.Array]:
+        """Makes the call, as a part of the program that is traced."""
+        return _call_p.bind(*args, **dict(self.params))
+
+
+# Calls that are lowered already, for a single NVIDIA GPU; programs take them as they are.
+lowered: dict[Call, Exported] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +110,10 @@ def _lower(platform: str, ctx: Any, *args: Any, **params: Any) -> Any:
     context = ctx.module_context.axis_context
     devices = context.num_devices if isinstance(context, mlir.ShardingContext) else 1
     symbolic = any(is_symbolic_dim(size) for aval in ctx.avals_in for size in aval.shape)
-    function = params["choose"](Target(platform, max(devices, 1), symbolic))
+    target = Target(platform, max(devices, 1), symbolic)
+    if target == Target("cuda", 1) and (known := lowered.get(_call_of(ctx.avals_in, params))):
+        return mlir.lower_fun(known.call)(ctx, *args)
+    function = params["choose"](target)
     with jax.default_matmul_precision(params["precision"]):
         return mlir.lower_fun(_as_tuple(function, params["options"]))(ctx, *args)
 
@@ -110,46 +126,21 @@ for _platform in _PLATFORMS:
     )
 
 
-def lower_in_threads(
-    traced: jax.stages.Traced, platforms: tuple[str, ...] | None = None
-) -> jax.stages.Lowered:
-    """Lowers a traced program; before, lowers its distinct calls in several threads.
-
-    Lowering for GPUs compiles kernels, which takes 15 s and more of one core. The program then
-    finds each compiled.
-
-    Args:
-        traced: a program.
-        platforms: as `lowering_platforms` of `traced.lower`.
-    """
-    calls = dict.fromkeys(_calls(traced.jaxpr.jaxpr))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(functools.partial(_lower_alone, platforms), calls))
-    return traced.lower(lowering_platforms=platforms)
-
-
-_Call = tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]
-
-
-def _calls(jaxpr: Jaxpr) -> Iterator[_Call]:
-    """Yields shapes and parameters of the calls in a program and in those that it contains."""
+def calls_in(jaxpr: Jaxpr) -> Iterator[Call]:
+    """Yields the calls in a program and in those that it contains."""
     for equation in jaxpr.eqns:
         if equation.primitive is _call_p:
-            avals: list[Any] = [variable.aval for variable in equation.invars]
-            shapes = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
-            yield tuple(shapes), tuple(equation.params.items())
+            yield _call_of([variable.aval for variable in equation.invars], equation.params)
         for part in jax.tree.leaves(
             tuple(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr)
         ):
             if isinstance(part, ClosedJaxpr | Jaxpr):
-                yield from _calls(part.jaxpr if isinstance(part, ClosedJaxpr) else part)
+                yield from calls_in(part.jaxpr if isinstance(part, ClosedJaxpr) else part)
 
 
-def _lower_alone(platforms: tuple[str, ...] | None, call: _Call) -> None:
-    shapes, params = call
-    # Python 3.11's `ast.parse` may fail in two threads; the kernel is then compiled later.
-    with contextlib.suppress(SystemError):
-        _compiled.trace(*shapes, **dict(params)).lower(lowering_platforms=platforms)
+def _call_of(avals: Sequence[Any], params: dict[str, Any]) -> Call:
+    shapes = tuple(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
+    return Call(shapes, tuple(sorted(params.items())))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mambaout_jax.inference.evaluate import compile_eval_step
-from mambaout_jax.ops.lowering import lower_in_threads
+from mambaout_jax.ops.gpu_lowering import lower_in_threads
 from mambaout_jax.runtime.sharding import BATCH
 from mambaout_jax.training.pictures import Pictures, open_pictures
 from mambaout_jax.training.run import Run
@@ -39,8 +39,8 @@ def compile_programs(
 ) -> Programs:
     """Compiles the training step, and the other programs in another thread meanwhile.
 
-    That thread starts when the training step is lowered: it would delay the kernels for GPUs that
-    lowering compiles, and the first step waits for those of the training step.
+    The evaluation waits until the training step is lowered: its kernels for GPUs, which lowering
+    compiles, would delay those of the training step.
 
     Args:
         run: its model, optimizer, recipe and mesh.
@@ -57,11 +57,14 @@ def compile_programs(
     options |= {"step": run.task.measures.step, **run.eval_options}
     eval_step = compile_eval_step(run.model, shardings.params, run.mesh, **options)
 
+    on_gpus = run.mesh.devices.flat[0].platform == "gpu"
+    lower = lower_in_threads if on_gpus else jax.stages.Traced.lower
+
     def compile_evaluation() -> Callable[..., dict[str, jax.Array]]:
         if run.task.dense:  # compiled for each size of images as it comes
             return eval_step
         batch = abstract_batch(run.eval_batch_size, run.preprocessing.shape, run.mesh)
-        return eval_step.lower(target.eval_params, batch).compile()
+        return lower(eval_step.trace(target.eval_params, batch)).compile()
 
     def compile_initial_state() -> Callable[..., TrainState]:
         function = jax.jit(run.initial_state, out_shardings=shardings)
@@ -77,11 +80,9 @@ def compile_programs(
     if run.teacher:
         with memory_for_teacher(run.teacher.name):
             rest += (jax.block_until_ready(jax.device_put(run.teacher.params, everywhere)),)
-    traced = train_step.trace(target, batch, *rest)
-    on_gpus = run.mesh.devices.flat[0].platform == "gpu"
-    lowered = lower_in_threads(traced) if on_gpus else traced.lower()
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     initial_state = pool.submit(compile_initial_state)
+    lowered = lower(train_step.trace(target, batch, *rest))
     evaluation = pool.submit(compile_evaluation)
     pool.shutdown(wait=False)
     compiled = lowered.compile()
