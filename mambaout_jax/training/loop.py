@@ -85,10 +85,10 @@ def train(run: Run, workdir: epath.Path, stop: StopRequest) -> None:
                     repair(workdir, position.rows, title(run, workdir), columns(run))
             logger.info("finished already: %s", summary(run, position, manager, workdir))
             return
-        if jax.process_index() == 0:
-            import_in_background()
+        meanwhile = import_in_background if jax.process_index() == 0 else lambda: None
+        resumed = position is not None
         with clock.of(goodput.COMPILE):
-            programs = compile_programs(run, target, train_key, init_key, position is not None)
+            programs = compile_programs(run, target, train_key, init_key, resumed, meanwhile)
         if position is None:
             position = first_position(run, init_key, programs)
         session = open_session(run, position, workdir, manager, clock, stop, stack)

@@ -35,7 +35,12 @@ class Programs:
 
 
 def compile_programs(
-    run: Run, target: TrainState, key: jax.Array, init_key: jax.Array, resumed: bool
+    run: Run,
+    target: TrainState,
+    key: jax.Array,
+    init_key: jax.Array,
+    resumed: bool,
+    meanwhile: Callable[[], None],
 ) -> Programs:
     """Compiles the training step, and the other programs in another thread meanwhile.
 
@@ -48,6 +53,7 @@ def compile_programs(
         key: of the training steps.
         init_key: of new parameters.
         resumed: whether the state is read from a checkpoint.
+        meanwhile: called when the training step is lowered, and XLA compiles it without Python.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     train_step = compile_train_step(
@@ -80,11 +86,13 @@ def compile_programs(
     if run.teacher:
         with memory_for_teacher(run.teacher.name):
             rest += (jax.block_until_ready(jax.device_put(run.teacher.params, everywhere)),)
+    traced = train_step.trace(target, batch, *rest)
     pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile")
     initial_state = pool.submit(compile_initial_state)
-    lowered = lower(train_step.trace(target, batch, *rest))
+    lowered = lower(traced)
     evaluation = pool.submit(compile_evaluation)
     pool.shutdown(wait=False)
+    meanwhile()
     compiled = lowered.compile()
     return Programs(
         lambda state, batch: compiled(state, batch, *rest),
