@@ -68,9 +68,10 @@ def _blend_rows(pixels: np.ndarray, target: int, bicubic: bool, mirrored: bool) 
     result = np.empty((target, length), np.uint8)
     total = np.empty(length, np.int32)
     for out in range(target):
+        row, weight = source[first[out]], fixed[out, 0]
         for i in range(length):
-            total[i] = np.int32(1 << (_BITS - 1))
-        for tap in range(fixed.shape[1]):
+            total[i] = np.int32((1 << (_BITS - 1)) + np.int32(row[i]) * weight)
+        for tap in range(1, fixed.shape[1]):
             weight = fixed[out, tap]
             if weight == 0:  # also where a tap is outside
                 continue

@@ -12,39 +12,63 @@ from mambaout_jax.data.fast.compiling import compiled
 
 
 @compiled
-def _blend(
-    values: np.ndarray, x: np.ndarray, moves: bool, bicubic: bool, result: np.ndarray
-) -> None:
-    """Interpolates between rows 1 and 2 of [4, n], at the distance `x` from row 1."""
-    if not moves:
-        for i in range(len(x)):
-            result[i] = values[1, i]
-    elif bicubic:
-        for i in range(len(x)):
-            a, b, c, d = values[0, i], values[1, i], values[2, i], values[3, i]
-            p2 = -a + c
-            p3 = 2 * (a - b) + c - d
-            p4 = -a + b - c + d
-            result[i] = b + x[i] * (p2 + x[i] * (p3 + x[i] * p4))
-    else:
-        for i in range(len(x)):
-            result[i] = values[1, i] + (values[2, i] - values[1, i]) * x[i]
+def _color(pixel: np.int32, shift: int) -> np.int32:
+    return (pixel >> np.int32(shift)) & np.int32(255)
 
 
 @compiled
-def _blend_integers(
-    values: np.ndarray, x: np.ndarray, moves: bool, bicubic: bool, result: np.ndarray
-) -> None:
-    """Computes `_blend` of int32 [4, n], with integers where the result is exact."""
-    if not (moves and bicubic):
-        _blend(values, x, moves, bicubic, result)
-        return
-    for i in range(len(x)):
-        a, b, c, d = values[0, i], values[1, i], values[2, i], values[3, i]
-        p2 = np.int32(c - a)
-        p3 = np.int32(2 * (a - b) + c - d)
-        p4 = np.int32(b - a + d - c)
-        result[i] = b + x[i] * (p2 + x[i] * (p3 + x[i] * p4))
+def _linear(taps: np.ndarray, j: int, i: int, shift: int, x: float) -> float:
+    """Interpolates a colour between taps 1 and 2 of row j of int32 [4, 4, n], with x in [0, 1)."""
+    a, b = _color(taps[j, 1, i], shift), _color(taps[j, 2, i], shift)
+    return a + np.int32(b - a) * x
+
+
+@compiled
+def _cubic(taps: np.ndarray, j: int, i: int, shift: int, x: float) -> float:
+    """Interpolates like `_linear`. Integers are exact, and take less time than floats."""
+    a, b = _color(taps[j, 0, i], shift), _color(taps[j, 1, i], shift)
+    c, d = _color(taps[j, 2, i], shift), _color(taps[j, 3, i], shift)
+    p2 = np.int32(c - a)
+    p3 = np.int32(2 * (a - b) + c - d)
+    p4 = np.int32(b - a + d - c)
+    return b + x * (p2 + x * (p3 + x * p4))
+
+
+@compiled
+def _pack(value: float, shift: int) -> np.uint32:
+    return np.uint32(np.int32(min(max(value, 0.0), 255.0))) << np.uint32(shift)
+
+
+@compiled
+def _bilinear(taps: np.ndarray, x: np.ndarray, y: np.ndarray, both: bool, out: np.ndarray) -> None:
+    """Interpolates int32 [4, 4, n] along both axes, or only its row 1."""
+    out[:] = 0
+    for shift in range(0, 24, 8):  # one by one: all colours at once need too many registers
+        if not both:
+            for i in range(len(out)):
+                out[i] |= _pack(_linear(taps, 1, i, shift, x[i]), shift)
+        else:
+            for i in range(len(out)):
+                a, b = _linear(taps, 1, i, shift, x[i]), _linear(taps, 2, i, shift, x[i])
+                out[i] |= _pack(a + (b - a) * y[i], shift)
+
+
+@compiled
+def _bicubic(taps: np.ndarray, x: np.ndarray, y: np.ndarray, both: bool, out: np.ndarray) -> None:
+    """See `_bilinear`."""
+    out[:] = 0
+    for shift in range(0, 24, 8):
+        if not both:
+            for i in range(len(out)):
+                out[i] |= _pack(_cubic(taps, 1, i, shift, x[i]), shift)
+        else:
+            for i in range(len(out)):
+                a, b = _cubic(taps, 0, i, shift, x[i]), _cubic(taps, 1, i, shift, x[i])
+                c, d = _cubic(taps, 2, i, shift, x[i]), _cubic(taps, 3, i, shift, x[i])
+                p2 = -a + c
+                p3 = 2 * (a - b) + c - d
+                p4 = -a + b - c + d
+                out[i] |= _pack(b + y[i] * (p2 + y[i] * (p3 + y[i] * p4)), shift)
 
 
 @compiled
@@ -73,18 +97,17 @@ def _inside(m: tuple, row: int, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 @compiled
-def _taps(moves: bool, bicubic: bool) -> tuple[int, int]:
-    """Returns the range of the four neighbours that have a weight."""
-    if not moves:
-        return 1, 2
-    return (0, 4) if bicubic else (1, 3)
-
-
-@compiled
-def _within(place: np.int32, step: int, size: int) -> np.int32:
-    """Returns place + step, clipped to the image."""
-    moved = np.int32(place + np.int32(step))
-    return np.int32(min(max(moved, np.int32(0)), np.int32(size - 1)))
+def _padded(pixels: np.ndarray) -> np.ndarray:
+    """Adds two pixels on each side, the same as the outermost: neighbours are never outside."""
+    height, width = pixels.shape
+    result = np.empty((height + 4, width + 4), pixels.dtype)
+    for row in range(height + 4):
+        line, padded = pixels[min(max(row - 2, 0), height - 1)], result[row]
+        padded[0] = padded[1] = line[0]
+        padded[width + 2] = padded[width + 3] = line[width - 1]
+        for i in range(width):  # four times as fast as an assignment of slices
+            padded[i + 2] = line[i]
+    return result
 
 
 @compiled
@@ -92,44 +115,32 @@ def _affine(pixels: np.ndarray, m: tuple, fill: int, bicubic: bool) -> np.ndarra
     height, width = pixels.shape
     across = not (m[0] == 1.0 and m[1] == 0.0 and m[2] == 0.0)  # else each x is its own
     down = not (m[3] == 0.0 and m[4] == 1.0 and m[5] == 0.0)
-    source = pixels.ravel()
+    both = across and down
+    source = _padded(pixels).ravel()
+    stride = width + 4
     result = np.empty((height, width), np.uint32)
-    left, top = np.empty(width, np.int32), np.empty(width, np.int32)
+    corners = np.empty(width, np.uint32)  # places of the neighbours' first ones
     dxs, dys = np.empty(width), np.empty(width)
-    columns, rows = np.empty((4, width), np.int32), np.empty(width, np.int32)
-    values, lines = np.empty((3, 4, width), np.int32), np.empty((3, 4, width))
-    final, gathered = np.empty(width), np.empty(width, np.int32)
+    taps = np.empty((4, 4, width), np.int32)
+    first, last = (0, 4) if bicubic else (1, 3)  # of four neighbours in a row: those with a weight
     result[:] = fill
     for row in range(height):
         start, stop = _inside(m, row, pixels.shape)
-        packed, dx, dy = result[row, start:stop], dxs[start:stop], dys[start:stop]
-        for column in range(len(packed)):
-            x, y = _origin(m, row, start + column)
-            x, y = x - 0.5, y - 0.5
-            left[column], top[column] = np.int32(np.floor(x)), np.int32(np.floor(y))
-            dx[column], dy[column] = x - left[column], y - top[column]
-        for i in range(*_taps(across, bicubic)):
-            for column in range(len(packed)):
-                columns[i, column] = _within(left[column], i - 1, width)
-        for j in range(*_taps(down, bicubic)):
-            for column in range(len(packed)):
-                rows[column] = _within(top[column], j - 1, height) * np.int32(width)
-            for i in range(*_taps(across, bicubic)):
-                for column in range(len(packed)):
-                    gathered[column] = source[np.uint32(rows[column] + columns[i, column])]
-                for column in range(len(packed)):
-                    pixel = gathered[column]
-                    values[0, i, column] = pixel & np.int32(255)
-                    values[1, i, column] = (pixel >> np.int32(8)) & np.int32(255)
-                    values[2, i, column] = (pixel >> np.int32(16)) & np.int32(255)
-            for channel in range(3):
-                _blend_integers(values[channel], dx, across, bicubic, lines[channel, j])
-        packed[:] = 0
-        for channel in range(3):
-            _blend(lines[channel], dy, down, bicubic, final)
-            for column in range(len(packed)):
-                value = np.uint32(np.int32(min(max(final[column], 0.0), 255.0)))
-                packed[column] |= value << np.uint32(8 * channel)
+        out, dx, dy = result[row, start:stop], dxs[start:stop], dys[start:stop]
+        for i in range(len(out)):
+            x, y = _origin(m, row, start + i)
+            left, top = np.floor(x - 0.5), np.floor(y - 0.5)
+            dx[i], dy[i] = x - 0.5 - left, y - 0.5 - top
+            corners[i] = np.int32(np.int32(top + 1.0) * np.int32(stride) + np.int32(left + 1.0))
+        for j in range(first, last) if both else range(1, 2):
+            for k in range(first, last):
+                tap = source[j * stride + k if across else k * stride + 1 :]
+                for i in range(len(out)):
+                    taps[j, k, i] = tap[corners[i]]
+        if bicubic:
+            _bicubic(taps, dx if across else dy, dy, both, out)
+        else:
+            _bilinear(taps, dx if across else dy, dy, both, out)
     return result
 
 
