@@ -417,6 +417,7 @@ def create_model(
         UserError: when the name, an override, a token mixer or the kernel size is unknown, or a
             segmentation network is to have no classes.
     """
+    dtype = jnp.dtype(dtype)  # the network compares it, and a name equals no type
     if name.startswith(PREFIX):
         heads = {"num_classes": 150 if num_classes is None else num_classes, "dtype": dtype}
         heads |= {"head_dropout_rate": head_dropout_rate}
