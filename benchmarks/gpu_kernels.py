@@ -5,12 +5,17 @@
 The depthwise convolution, its input gradient and its filter gradient, the block's convolution and
 gate and their gradients, LayerNorm, its gradient with and without a shortcut, the stem up to its
 activation and its gradient, and the selective scan and its gradients: on the maps of mambaout_tiny
-at 224 pixels, which are timed, and on odd shapes, in bfloat16 and float32. The reference is XLA's
-own operation in float32 on the same inputs. An error is the largest difference from it, as a part
-of its largest absolute value; "XLA" is that of XLA's operation in the dtype of the inputs. A kernel
-may be off by float32 sums in another order, and in bfloat16 by one rounding besides. A time, in
-microseconds, is that of one call in a program of several, each with its own arrays: the median of
-several rounds. A failure is printed, the rest is still checked, and the status is 1 at the end.
+at 224 pixels, which are timed, and on odd shapes, in bfloat16 and float32. With few images:
+
+  python benchmarks/gpu_kernels.py --kernels block --batch=1
+
+checks the kernels of a small block of at most 8 images, in bfloat16 alone, on the maps of
+mambaout_femto and mambaout_tiny. The reference is XLA's own operation in float32 on the same
+inputs. An error is the largest difference from it, as a part of its largest absolute value; "XLA"
+is that of XLA's operation in the dtype of the inputs. A kernel may be off by float32 sums in
+another order, and in bfloat16 by one rounding besides. A time, in microseconds, is that of one call
+in a program of several, each with its own arrays: the median of several rounds. A failure is
+printed, the rest is still checked, and the status is 1 at the end.
 """
 
 import argparse
@@ -26,9 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mambaout_jax.ops import norm_triton, norm_xla
+from mambaout_jax.ops.activations import gate_product
 from mambaout_jax.ops.depthwise import triton_kernels, xla
 from mambaout_jax.ops.first_conv import triton_kernels as first_conv
 from mambaout_jax.ops.first_conv import xla as first_conv_xla
+from mambaout_jax.ops.gated_conv import dense_triton
 from mambaout_jax.ops.gated_conv import gpu as gated_conv
 from mambaout_jax.ops.gated_conv import xla as gated_conv_xla
 from mambaout_jax.ops.kernels import why_unusable
@@ -37,6 +44,7 @@ from mambaout_jax.ops.selective_scan import triton_kernels as scan_kernels
 from mambaout_jax.ops.selective_scan import xla as scan_xla
 
 _STAGES = ((56, 96), (28, 192), (14, 384), (7, 576))  # side and channels of tiny's maps at 224
+_FEMTO_STAGES = ((56, 48), (28, 96), (14, 192), (7, 288))
 _ODD = ((7, 24), (9, 100), (13, 341), (31, 24))
 _STATES = 16
 # Images, tokens, channels and states.
@@ -45,6 +53,7 @@ _EPSILON = 1e-6
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-7}
 _ROUNDS, _RUNS = 5, 5
 _CALLS = 8  # in a program
+_FEW = 8  # images of a small block, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +120,70 @@ def gate_cases(batch: int, dtype: str) -> Iterator[Case]:
                 args,
                 calls,
             )
+
+
+def block_cases(batch: int, dtype: str) -> Iterator[Case]:
+    """Yields the kernels of a small block, and the whole, for each shape; none in float32."""
+    if dtype != "bfloat16":
+        return
+    batch = min(batch, _FEW)
+    stages = [((batch, side, side, c), _CALLS) for side, c in (*_FEMTO_STAGES, *_STAGES)]
+    for (*maps, conv), calls in (*stages, *(((1, 5, side, c), 0) for side, c in _ODD)):
+        hidden = conv + -(-int(5 / 3 * conv) // 8) * 8
+        shapes = ((*maps, conv), (*maps, 2 * hidden), (*maps, conv))
+        x, wide, convolved = draw(1, *shapes, dtype=dtype)
+        norm = draw(2, (conv,), (conv,), dtype="float32")
+        shapes = (
+            (conv, 2 * hidden),
+            (2 * hidden,),
+            (7, 7, 1, conv),
+            (conv,),
+            (hidden, conv),
+            (conv,),
+        )
+        weights = [0.05 * array for array in draw(3, *shapes, dtype=dtype)]
+        for function, ours, theirs, args in (
+            (
+                "norm dense",
+                functools.partial(dense_triton.norm_dense, epsilon=_EPSILON),
+                xla_norm_dense,
+                (x, *norm, *weights[:2]),
+            ),
+            (
+                "gate dense",
+                functools.partial(dense_triton.gate_dense, act="gelu"),
+                xla_gate_dense,
+                (wide, convolved, x, *weights[4:]),
+            ),
+            (
+                "block",
+                functools.partial(gated_conv.small_block, act="gelu", epsilon=_EPSILON),
+                functools.partial(gated_conv_xla.small_block, act="gelu", epsilon=_EPSILON),
+                (x, *norm, *weights),
+            ),
+        ):
+            yield Case(
+                f"{function:15} {'x'.join(map(str, (*maps, conv)))}", ours, theirs, args, calls
+            )
+
+
+def xla_norm_dense(
+    x: jax.Array, scale: jax.Array, shift: jax.Array, *dense: jax.Array
+) -> jax.Array:
+    """Returns the dense layer after LayerNorm."""
+    kernel, bias = dense
+    y = norm_xla.normalise(x, scale, shift, epsilon=_EPSILON, dtype=x.dtype)
+    return gated_conv_xla.add_bias(y @ kernel, bias)
+
+
+def xla_gate_dense(
+    x: jax.Array, convolved: jax.Array, shortcut: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """Returns the shortcut plus the dense layer after the gate."""
+    hidden = kernel.shape[0]
+    gate, identity, _ = jnp.split(x, (hidden, 2 * hidden - convolved.shape[-1]), axis=-1)
+    product = gate_product("gelu", gate, identity, convolved)
+    return shortcut + gated_conv_xla.add_bias(product @ kernel, bias)
 
 
 def norm_cases(batch: int, dtype: str) -> Iterator[Case]:
@@ -248,6 +321,7 @@ def main() -> None:
     cases = {
         "depthwise": depthwise_cases,
         "gate": gate_cases,
+        "block": block_cases,
         "norm": norm_cases,
         "stem": stem_cases,
         "scan": scan_cases,

@@ -24,6 +24,12 @@ def block_and_data(width=24, **options):
     return block, params, x, target
 
 
+def bfloat16_block_and_data(**options):
+    """Returns a block whose inference is one operation, and one that takes several."""
+    block, params, x, target = block_and_data(**options, dtype=jnp.bfloat16)
+    return block.clone(fused_gpu=True), block, params, x.astype(jnp.bfloat16), target
+
+
 def gradients(block, params, x, target):
     rngs = {"dropout": jax.random.key(1)}
     return loss_and_gradients(partial(block.apply, train=True, rngs=rngs), params, x, target)
@@ -61,6 +67,51 @@ def test_a_block_is_the_same_with_it(options):
     # Each rounds in other places.
     rounded = gradients(fused.clone(dtype=jnp.bfloat16), params, x, target)
     assert_close(rounded, expected, 2e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"act": "silu", "layer_scale": 0.1}, {"width": 20, "kernel_size": 3}],
+    ids=["gelu", "silu and layer scale", "padded channels"],
+)
+def test_inference_of_few_pixels_is_the_same_as_one_operation(options):
+    small, block, params, x, target = bfloat16_block_and_data(**options)
+    shapes = jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(jnp.shape, small.init(jax.random.key(0), x)["params"]) == shapes
+    found, expected = (jax.jit(each.apply)({"params": params}, x) for each in (small, block))
+    assert found.dtype == expected.dtype
+    assert_close(found, expected, 2**-8)  # of layer scale the rounding differs
+    expected = loss_and_gradients(block.clone(dtype=jnp.float32).apply, params, x, target)
+    assert_close(loss_and_gradients(small.apply, params, x, target), expected, 2e-2)
+
+
+def test_which_blocks_are_one_operation():
+    small, block, params, x, _ = bfloat16_block_and_data()
+
+    def is_one(block, x=x, **options):
+        rngs = {"dropout": jax.random.key(1)}
+        jaxpr = jax.make_jaxpr(lambda x: block.apply({"params": params}, x, rngs=rngs, **options))
+        return "small_block" in str(jaxpr(x))
+
+    assert is_one(small)
+    assert not is_one(small, train=True)
+    assert not is_one(block)
+    assert not is_one(small.clone(dtype=jnp.float32))
+    assert not is_one(small, jnp.zeros((1000, 56, 56, 24), jnp.bfloat16))
+    one_image = x[:1]
+    mapped = jax.vmap(lambda x: small.apply({"params": params}, x[None])[0])
+    np.testing.assert_array_equal(mapped(one_image), small.apply({"params": params}, one_image))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_inference_of_few_pixels_on_a_mesh(kind):
+    block, _, params, x, target = bfloat16_block_and_data()
+    block = block.clone(gradient_dtype=jnp.bfloat16)
+    expected = loss_and_gradients(block.apply, params, x, target)
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(kind,))
+    x, target = jax.device_put((x, target), NamedSharding(mesh, PartitionSpec("batch")))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    assert_close(loss_and_gradients(block.apply, params, x, target), expected, 2e-2)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

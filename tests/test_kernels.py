@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mambaout_jax
 from mambaout_jax.errors import UserError
 from mambaout_jax.ops import depthwise_conv2d, kernels, layer_norm, selective_scan
 from mambaout_jax.ops.gated_conv.dispatch import gated_conv
@@ -177,6 +178,23 @@ def test_the_convolution_of_a_gated_block_is_written_in_place(gpu):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@triton_kernel_call") == 5  # two forward, and gradients of gate, x and taps
     assert text.count("output_operand_alias<") == 1
+
+
+def test_inference_of_one_image_takes_three_kernels_a_block(gpu):
+    pytest.importorskip(
+        "jax_triton", reason="jax-triton or jax-cuda13-plugin is missing", exc_type=ImportError
+    )
+    gpu("9.0")
+    model = mambaout_jax.create_model(
+        "mambaout_femto", depths=(1, 1, 1, 1), dtype=jnp.bfloat16, fused_gpu=True
+    )
+    images = jnp.ones((1, 224, 224, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    text = jax.jit(model.apply).trace(params, images).lower(lowering_platforms=("cuda",)).as_text()
+    stem, norms = 1, 4  # norms of the stem and of downsampling
+    assert text.count("@triton_kernel_call") == 4 * 3 + stem + norms
+    strided, head = 4, 2
+    assert text.count("stablehlo.dot_general") == strided + head  # none of the blocks
 
 
 def test_a_kernel_chosen_by_name_that_cannot_be_used_is_an_error(gpu):

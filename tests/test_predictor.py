@@ -81,10 +81,13 @@ def test_on_tpus_each_device_runs_the_kernels_on_its_part_of_the_batch(tmp_path)
     assert "manual_computation" in program
 
 
-def test_on_gpus_the_convolution_and_the_gate_are_one_operation(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_on_gpus_the_convolution_and_the_gate_or_the_block_are_one_operation(
+    dtype, tolerance, tmp_path, monkeypatch
+):
     overrides = {**small_weights.INFO.overrides, "depthwise": "auto"}
     path = small_weights.write(tmp_path / "w", overrides=overrides)
-    expected = Predictor.load(path, batch_size=8)
+    expected = Predictor.load(path, batch_size=8, dtype=dtype)
     gpu, chosen = SimpleNamespace(platform="gpu"), []
 
     def on_gpu(model, device):
@@ -93,13 +96,15 @@ def test_on_gpus_the_convolution_and_the_gate_are_one_operation(tmp_path, monkey
         return chosen[-1]
 
     monkeypatch.setattr("mambaout_jax.inference.predictor.on_device", on_gpu)
-    found = Predictor.load(path, batch_size=8)
+    found = Predictor.load(path, batch_size=8, dtype=dtype)
     assert [model.fused_gpu for model in chosen] == [True]
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    program = str(found._best.trace(*found._weights, images).jaxpr)
+    assert ("small_block" in program) == (dtype == "bfloat16")
     for ours, theirs in zip(
         found.predict_images(images), expected.predict_images(images), strict=True
     ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance)
 
 
 def test_weights_as_constants_of_the_program(weights, files, monkeypatch):

@@ -13,6 +13,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton_calls  # noqa: E402
 from triton_calls import (  # noqa: E402
+    dense_triton,
     depthwise,
     first_conv,
     gate_triton,
@@ -43,7 +44,9 @@ KERNELS = (
     "convolution into",
     "gate",
     "gate gradient",
+    "gate dense",
     "norm",
+    "norm dense",
     "norm gradient",
     "first convolution",
     "first convolution gradient",
@@ -56,9 +59,9 @@ def array(*shape, dtype="bfloat16"):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def calls(kernels, side, channels, dtype="bfloat16"):
-    """Returns a function that launches kernels on maps of mambaout_tiny, and its arguments."""
-    x, scale = array(256, side, side, channels, dtype=dtype), array(channels, dtype="float32")
+def calls(kernels, side, channels, dtype="bfloat16", images=256):
+    """Returns a function that launches kernels on maps of a block, and its arguments."""
+    x, scale = array(images, side, side, channels, dtype=dtype), array(channels, dtype="float32")
     if kernels == "convolution":
         return depthwise.convolve, (x, array(7, 7, 1, channels, dtype=dtype))
     if kernels == "filter gradient":
@@ -72,13 +75,21 @@ def calls(kernels, side, channels, dtype="bfloat16"):
         norm = [array(48, dtype="float32")] * 2
         args = (images, kernel, array(48, dtype=dtype), *norm, *dy)
         return partial(function, act="gelu", epsilon=1e-6), args
-    hidden = array(256, side, side, 8 * channels // 3, dtype=dtype)
-    wide = array(256, side, side, 16 * channels // 3, dtype=dtype)
+    width = 8 * channels // 3
+    width += -(width - channels) % 8
+    hidden = array(images, side, side, width, dtype=dtype)
+    wide = array(images, side, side, 2 * width, dtype=dtype)
     if kernels == "convolution from":
         taps, conv_bias = array(7, 7, 1, channels, dtype=dtype), array(channels, dtype=dtype)
         return depthwise.convolve_from, (wide, taps, conv_bias)
     if kernels == "gate":
         return partial(gate_triton.gate_product, act="gelu"), (wide, x)
+    if kernels == "gate dense":
+        weights = array(width, channels), array(channels)
+        return partial(dense_triton.gate_dense, act="gelu"), (wide, x, x, *weights)
+    if kernels == "norm dense":
+        weights = array(channels, 2 * width), array(2 * width)
+        return partial(dense_triton.norm_dense, epsilon=1e-6), (x, scale, scale, *weights)
     if kernels == "convolution into":
         return depthwise.convolve_into, (x, array(7, 7, 1, channels, dtype=dtype), wide)
     if kernels == "gate gradient":
@@ -108,6 +119,20 @@ def test_kernels_compile_and_keep_their_sums_in_registers(
     kernels, capability, monkeypatch, tmp_path
 ):
     check_registers(*calls(kernels, 14, 384), capability, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize(
+    ("images", "widths"),
+    [(1, (48, 96, 192, 288)), (8, (48, 96, 192, 288)), (1, (128, 256, 512, 768))],
+)
+def test_dense_layers_of_few_images_keep_their_sums_in_registers(
+    images, widths, capability, monkeypatch, tmp_path
+):
+    for side, channels in zip((56, 28, 14, 7), widths, strict=True):
+        for kernels in ("norm dense", "gate dense"):
+            call = calls(kernels, side, channels, images=images)
+            check_registers(*call, capability, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("states", [1, 32])

@@ -10,10 +10,10 @@ import numpy as np
 from mambaout_jax.ops import norm_triton
 from mambaout_jax.ops.depthwise import triton_kernels as depthwise
 from mambaout_jax.ops.first_conv import triton_kernels as first_conv
-from mambaout_jax.ops.gated_conv import gate_triton
+from mambaout_jax.ops.gated_conv import dense_triton, gate_triton
 from mambaout_jax.ops.selective_scan import triton_kernels as selective_scan
 
-MODULES = norm_triton, depthwise, gate_triton, first_conv, selective_scan
+MODULES = norm_triton, depthwise, dense_triton, gate_triton, first_conv, selective_scan
 GRID = 65535  # CUDA's limit of the second axis
 _TYPES = {"float32": "*fp32", "bfloat16": "*bf16"}
 

@@ -22,6 +22,7 @@ from mambaout_jax.ops import norm_triton
 from mambaout_jax.ops.depthwise import gpu
 from mambaout_jax.ops.depthwise import xla as xla_depthwise
 from mambaout_jax.ops.first_conv import triton_kernels as first_conv
+from mambaout_jax.ops.gated_conv import dense_triton
 from mambaout_jax.ops.gated_conv import gpu as gated_conv
 from mambaout_jax.ops.patches import xla_conv
 from mambaout_jax.ops.selective_scan import triton_kernels as scan_kernels
@@ -128,6 +129,74 @@ def test_gated_convolution_agrees_with_float64(shape, identity, size, dtype, act
         assert_close(found, np.asarray(wanted), tolerance)
 
 
+SMALL = st.tuples(*[st.integers(1, high) for high in (2, 5, 7)])
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(maps=SMALL, channels=st.integers(1, 300), outputs=st.integers(1, 150))
+def test_dense_layer_after_a_norm_agrees_with_float64(maps, channels, outputs):
+    check_norm_dense(maps, channels, outputs)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    maps=SMALL,
+    identity=st.integers(0, 150),
+    conv=st.integers(1, 150),
+    outputs=st.integers(1, 70),
+    act=st.sampled_from(["gelu", "silu"]),
+)
+def test_dense_layer_after_a_gate_agrees_with_float64(maps, identity, conv, outputs, act):
+    check_gate_dense(maps, identity, conv, outputs, act)
+
+
+@pytest.mark.parametrize("channels", [48, 96, 192, 288])
+def test_dense_layers_of_mambaout_femto(channels):
+    hidden = 8 * channels // 3
+    check_norm_dense((1, 5, 7), channels, 2 * hidden)
+    check_gate_dense((1, 5, 7), hidden - channels, channels, channels, "gelu")
+
+
+@pytest.mark.parametrize("tile", dense_triton._TILES)
+def test_dense_layers_in_each_tile(tile, monkeypatch):
+    monkeypatch.setattr(dense_triton, "_TILES", (tile,))
+    check_norm_dense((2, 7, 10), 150, 100)
+    check_gate_dense((2, 7, 10), 70, 80, 100, "silu")
+
+
+def check_norm_dense(maps, channels, outputs):
+    shapes = (*maps, channels), channels, channels, (channels, outputs), outputs
+    x, scale, shift, kernel, bias = draw_bfloat16(*shapes)
+    x += 3  # the mean
+    scale, shift = (array.astype(jnp.float32) for array in (scale, shift))
+    args = x, scale, shift, kernel, bias
+    y = dense_triton.norm_dense(*args, epsilon=1e-6)
+    assert y.dtype == jnp.bfloat16
+    x, scale, shift, kernel, bias = (np.asarray(array, np.float64) for array in args)
+    centred = x - x.mean(-1, keepdims=True)
+    variance = (centred * centred).mean(-1, keepdims=True)
+    expected = (centred / np.sqrt(variance + 1e-6) * scale + shift) @ kernel + bias
+    assert_close(y, expected, 2 * CUT)
+
+
+def check_gate_dense(maps, identity, conv, outputs, act):
+    hidden = identity + conv
+    shapes = (*maps, 2 * hidden), (*maps, conv), (*maps, outputs), (hidden, outputs), outputs
+    args = draw_bfloat16(*shapes)
+    y = dense_triton.gate_dense(*args, act=act)
+    assert y.dtype == jnp.bfloat16
+    x, convolved, shortcut, kernel, bias = (np.asarray(array, np.float64) for array in args)
+    value = np.concatenate((x[..., hidden : hidden + identity], convolved), -1)
+    with jax.enable_x64(True):
+        active = np.asarray(exact_activation(act)(x[..., :hidden]))
+    assert_close(y, shortcut + (active * value) @ kernel + bias, 2 * CUT)
+
+
+def draw_bfloat16(*shapes):
+    random = np.random.default_rng(0)
+    return [jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+
+
 def gated_convolution(act, x, bias, taps, conv_bias):
     """Computes `gated_conv` in float64."""
 
@@ -139,8 +208,11 @@ def gated_convolution(act, x, bias, taps, conv_bias):
     value = jnp.concatenate(
         (identity, xla_depthwise.forward(convolved, taps) + wide(conv_bias)), -1
     )
-    activation = jax.nn.silu if act == "silu" else functools.partial(jax.nn.gelu, approximate=False)
-    return activation(gate) * value
+    return exact_activation(act)(gate) * value
+
+
+def exact_activation(act):
+    return jax.nn.silu if act == "silu" else functools.partial(jax.nn.gelu, approximate=False)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])

@@ -49,6 +49,9 @@ from mambaout_jax.ops import (
     gated_block,
     gated_block_vmem,
     gated_conv,
+    is_small,
+    merge_weights,
+    small_block,
     split_weights,
     weighted,
 )
@@ -112,7 +115,7 @@ class GatedCNNBlock(nn.Module):
     Blocks whose token mixer is the convolution, in bfloat16 and with at least 8 images on a device,
     are computed by `ops.gated_block` where its kernels need at most `fused_vmem` MiB of a TPU's
     vector memory; 0 for none. With `fused_gpu`, `ops.gated_conv` computes the convolution and the
-    gate.
+    gate, or, in inference with few pixels on a device, `ops.small_block` the block.
     """
 
     expansion_ratio: float = 8 / 3
@@ -141,8 +144,12 @@ class GatedCNNBlock(nn.Module):
         fusable &= gated_block_vmem(width, hidden) <= self.fused_vmem * 2**20
         if fusable and enough_images(x):
             return self._fused(x, hidden, conv, drop_path)
+        fused_gpu = self.fused_gpu and self.token_mixer == TOKEN_MIXER
+        small = fused_gpu and not train and self.dtype == jnp.bfloat16
+        if small and is_small(x, hidden):
+            return self._small(x, hidden, conv)
         shortcut, x = LayerNorm(dtype=self.dtype, name="norm")(x, with_shortcut=True)
-        if self.fused_gpu and self.token_mixer == TOKEN_MIXER:
+        if fused_gpu:
             x = self._gated(x, hidden, conv)
         else:
             g, i, c = SplitDense(hidden, conv, **types(self), name="fc1")(x)
@@ -156,27 +163,34 @@ class GatedCNNBlock(nn.Module):
         return shortcut + drop_path(x)
 
     def _fused(self, x: jax.Array, hidden: int, conv: int, drop_path: nn.Dropout) -> jax.Array:
-        width, size = x.shape[-1], self.kernel_size
+        kept = drop_path(jnp.ones((x.shape[0], 1, 1, 1))).reshape(-1)
+        return gated_block(
+            x.astype(self.dtype),
+            kept,
+            *self._parameters(x.shape[-1], hidden, conv),
+            act=self.act,
+            depthwise=self.depthwise,
+            gradient_dtype=self.gradient_dtype,
+        )
+
+    def _small(self, x: jax.Array, hidden: int, conv: int) -> jax.Array:
+        norm, fc1, taps, fc2 = self._parameters(x.shape[-1], hidden, conv)
+        fc1 = split_weights(fc1[0], fc1[1], conv)
+        weights = (*fc1, *taps, merge_weights(fc2[0], conv), fc2[1])
+        x = x.astype(self.dtype)
+        return small_block(self.act, EPSILON, self.gradient_dtype, x, norm, weights)
+
+    def _parameters(self, width: int, hidden: int, conv: int) -> tuple:
+        """Returns those of norm, fc1, conv and fc2; fc2's have the layer scale in them."""
         norm = Weights((width,), nn.initializers.ones_init(), "scale", name="norm")()
         fc1 = Weights((width, 2 * hidden), name="fc1")()
-        taps = Weights((size, size, 1, conv), name="conv")()
+        taps = Weights((self.kernel_size, self.kernel_size, 1, conv), name="conv")()
         kernel, bias = Weights((hidden, width), name="fc2")()
         if self.layer_scale is not None:
             init = nn.initializers.constant(self.layer_scale)
             scale = self.param("layer_scale", init, (width,))
             kernel, bias = kernel * scale[None], bias * scale
-        kept = drop_path(jnp.ones((x.shape[0], 1, 1, 1))).reshape(-1)
-        return gated_block(
-            x.astype(self.dtype),
-            kept,
-            norm,
-            fc1,
-            taps,
-            (kernel, bias),
-            act=self.act,
-            depthwise=self.depthwise,
-            gradient_dtype=self.gradient_dtype,
-        )
+        return norm, fc1, taps, (kernel, bias)
 
     def _gated(self, x: jax.Array, hidden: int, conv: int) -> jax.Array:
         kernel, bias = Weights((x.shape[-1], 2 * hidden), name="fc1")()
@@ -403,6 +417,7 @@ def create_model(
         UserError: when the name, an override, a token mixer or the kernel size is unknown, or a
             segmentation network is to have no classes.
     """
+    dtype = jnp.dtype(dtype)  # the network compares it, and a name equals no type
     if name.startswith(PREFIX):
         heads = {"num_classes": 150 if num_classes is None else num_classes, "dtype": dtype}
         heads |= {"head_dropout_rate": head_dropout_rate}
@@ -445,9 +460,9 @@ def create_model(
 def on_device(model: Any, device: jax.Device) -> Any:
     """Returns the model for programs that run on devices of this kind.
 
-    Where `depthwise` is "auto", its blocks are fused on TPUs, and on NVIDIA GPUs their convolutions
-    and gates and the stem's first part. The parameters are the same, and the results differ by
-    rounding.
+    Where `depthwise` is "auto", its blocks are fused on TPUs, and on NVIDIA GPUs small blocks, the
+    convolutions and gates of others, and the stem's first part. The parameters are the same, and
+    the results differ by rounding.
     """
     if getattr(model, "depthwise", None) != "auto" or not hasattr(model, "fused_vmem"):
         return model

@@ -66,11 +66,14 @@ def merge_dense(
     x: jax.Array, kernel: jax.Array, bias: jax.Array, conv: int, gradient_dtype: Any
 ) -> jax.Array:
     """Returns `dense` of x [..., H + P] as `split_dense` pads it, for a kernel [H, O]: [..., O]."""
-    hidden = kernel.shape[0]
-    padding = x.shape[-1] - hidden
-    if padding:
-        kernel = _insert_zeros(kernel, hidden - conv, padding, axis=0)
-    return dense(x, kernel, bias, gradient_dtype)
+    return dense(x, merge_weights(kernel, conv), bias, gradient_dtype)
+
+
+def merge_weights(kernel: jax.Array, conv: int) -> jax.Array:
+    """Returns `merge_dense`'s kernel [H + P, O], padded with zeros."""
+    identity = kernel.shape[0] - conv
+    padding = -identity % _MULTIPLE
+    return _insert_zeros(kernel, identity, padding, axis=0) if padding else kernel
 
 
 def _insert_zeros(array: jax.Array, place: int, width: int, axis: int) -> jax.Array:

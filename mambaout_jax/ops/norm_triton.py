@@ -147,9 +147,16 @@ def normalised(x, mask, channels: tl.constexpr, epsilon: tl.constexpr):
 
     x is 0 outside of the mask.
     """
-    centred = tl.where(mask, x - _mean(x, channels), 0)
-    factor = tl.rsqrt(_mean(centred * centred, channels) + epsilon)
-    return centred * factor, factor
+    mean, factor = moments(x, mask, channels, epsilon)
+    return tl.where(mask, x - mean, 0) * factor, factor
+
+
+@triton.jit
+def moments(x, mask, channels: tl.constexpr, epsilon: tl.constexpr):
+    """Returns the mean of each row, and 1 / standard deviation; x is 0 outside of the mask."""
+    mean = _mean(x, channels)
+    centred = tl.where(mask, x - mean, 0)
+    return mean, tl.rsqrt(_mean(centred * centred, channels) + epsilon)
 
 
 @triton.jit

@@ -1,10 +1,13 @@
-"""The Gated CNN block between its dense layers: convolution and gate in one operation, for GPUs.
+"""The Gated CNN block on GPUs: between its dense layers, and, for few pixels, as a whole.
 
 The first dense layer's result has three parts: the gate, the identity's channels, and those of the
 convolution. Left to XLA, the convolution's are copied, and its result and the gradients of all
 three are read again for the gate and for the sums of the biases' gradients. Here kernels read and
-write them in place; docs/performance.md has the figures. Elsewhere than on NVIDIA GPUs, or where
-the kernels cannot be used, these are JAX operations.
+write them in place; docs/performance.md has the figures.
+
+With few pixels the time of a block is that of starting its kernels, of which XLA needs up to nine,
+with those that pad for matrix units. `small_block` needs three. Elsewhere than on NVIDIA GPUs, or
+where the kernels cannot be used, these are JAX operations.
 """
 
 import functools
@@ -13,10 +16,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from mambaout_jax.ops.gated_conv import xla
 from mambaout_jax.ops.kernels import by_kernels
-from mambaout_jax.ops.sharded import on_mesh_of, on_parts, summed_in
+from mambaout_jax.ops.sharded import images_on_device, on_mesh_of, on_parts, summed_in
+
+# Multiplications of the second dense layer, at most, of a small block: those of 8 images of 224
+# pixels by mambaout_femto, 2 by mambaout_tiny or 1 by mambaout_base. XLA's matrix products take
+# less time for each, and more to start.
+_SMALL = 160_000_000
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -56,5 +65,65 @@ def _backward(act, gradient_dtype, residuals, dy):  # type: ignore[no-untyped-de
 gated_conv.defvjp(_forward, _backward)
 
 
-def _for_target(name: str, act: str) -> Callable:
-    return by_kernels("cuda", "mambaout_jax.ops.gated_conv.gpu", xla, name, act=act)
+def is_small(x: jax.Array, hidden: int) -> bool:
+    """Returns whether `small_block` should compute a block of x [N, H, W, C]."""
+    images, (_, height, width, channels) = images_on_device(x), x.shape
+    return not is_symbolic_dim(images) and images * height * width * channels * hidden <= _SMALL
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def small_block(
+    act: str,
+    epsilon: float,
+    gradient_dtype: Any,
+    x: jax.Array,
+    norm: tuple[jax.Array, jax.Array],
+    weights: tuple[jax.Array, ...],
+) -> jax.Array:
+    """Returns x + branch(x), [N, H, W, C], in x's dtype, where the branch is that of the block.
+
+    For inference: reverse-mode differentiation works, by JAX operations in float32.
+
+    Args:
+        act: as in `gated_conv`.
+        epsilon: added to the variance.
+        gradient_dtype: in which the weights' gradients are summed over devices.
+        x: [N, H, W, C], bfloat16.
+        norm: float32 scale and bias [C].
+        weights: float32: of the first dense layer the kernel [C, 2 (I + O)] and the bias, whose
+            channels are those of `gated_conv`; of the convolution the kernel [k, k, 1, O] and the
+            bias; of the second dense layer the kernel [I + O, C] and the bias. They are rounded to
+            x's dtype.
+    """
+    return _small_forward(act, epsilon, gradient_dtype, x, norm, weights)[0]
+
+
+def _small_forward(act, epsilon, gradient_dtype, x, norm, weights):  # type: ignore[no-untyped-def]
+    parameters = [on_mesh_of(x, array) for array in norm]
+    parameters += [on_mesh_of(x, weight).astype(x.dtype) for weight in weights]
+    function = _for_target("small_block", act, epsilon=epsilon)
+    split = (True, *[False] * len(parameters))
+    (y,) = on_parts(lambda *args: (function(*args),), split, (True,))(x, *parameters)
+    return y, (x, parameters)
+
+
+def _small_backward(act, epsilon, gradient_dtype, residuals, dy):  # type: ignore[no-untyped-def]
+    x, parameters = residuals
+
+    def on_part(*args: jax.Array) -> tuple[jax.Array, ...]:
+        dy, *inputs = (array.astype(jnp.float32) for array in args)
+        _, pull = jax.vjp(functools.partial(xla.small_block, act=act, epsilon=epsilon), *inputs)
+        return pull(dy)
+
+    call = summed_in(gradient_dtype, 3, on_part)  # the norm's in float32
+    flags = [False] * len(parameters)
+    dx, *gradients = on_parts(call, (True, True, *flags), (True, *flags))(dy, x, *parameters)
+    gradients = [gradient.astype(jnp.float32) for gradient in gradients]
+    return dx.astype(x.dtype), tuple(gradients[:2]), tuple(gradients[2:])
+
+
+small_block.defvjp(_small_forward, _small_backward)
+
+
+def _for_target(name: str, act: str, **options: float) -> Callable:
+    return by_kernels("cuda", "mambaout_jax.ops.gated_conv.gpu", xla, name, act=act, **options)

@@ -1,10 +1,10 @@
-"""The convolution and the gate on NVIDIA GPUs: Triton kernels that read and write in place."""
+"""The convolution and the gate, and the whole small block, on NVIDIA GPUs: Triton kernels."""
 
 import jax
 import jax.numpy as jnp
 
 from mambaout_jax.ops.depthwise import gpu, triton_kernels
-from mambaout_jax.ops.gated_conv import gate_triton
+from mambaout_jax.ops.gated_conv import dense_triton, gate_triton
 from mambaout_jax.ops.gated_conv.xla import add_bias
 
 
@@ -27,3 +27,23 @@ def backward(
     identity_sum, convolved_sum = jnp.split(dvalue_sum, (dvalue_sum.size - dconv_sum.size,))
     dbias = jnp.concatenate((dgate_sum, identity_sum, dconv_sum))
     return dx, dbias, dtaps, convolved_sum
+
+
+def small_block(
+    x: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    taps: jax.Array,
+    conv_bias: jax.Array,
+    out_kernel: jax.Array,
+    out_bias: jax.Array,
+    *,
+    act: str,
+    epsilon: float,
+) -> jax.Array:
+    """As `xla.small_block`, in three kernels."""
+    y = dense_triton.norm_dense(x, scale, shift, kernel, bias, epsilon=epsilon)
+    convolved = triton_kernels.convolve_from(y, taps, conv_bias)
+    return dense_triton.gate_dense(y, convolved, x, out_kernel, out_bias, act=act)

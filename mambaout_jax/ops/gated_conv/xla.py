@@ -1,11 +1,13 @@
 """The convolution and the gate in JAX operations: the reference, for every platform.
 
-`bias`, `taps` and `conv_bias` are `dispatch.gated_conv`'s weights in x's dtype.
+`bias`, `taps` and `conv_bias` are `dispatch.gated_conv`'s weights in x's dtype. So are those of
+`small_block`, but the norm's `scale` and `shift`, which are float32.
 """
 
 import jax
 import jax.numpy as jnp
 
+from mambaout_jax.ops import norm_xla
 from mambaout_jax.ops.activations import gate_product
 from mambaout_jax.ops.depthwise.dispatch import depthwise_conv2d
 
@@ -34,6 +36,26 @@ def backward(
     dconv, dtaps = transpose(dconvolved)
     dx = jnp.concatenate((dgate, didentity, dconv), -1)
     return dx, _sum(dx), dtaps, _sum(dconvolved)
+
+
+def small_block(
+    x: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    taps: jax.Array,
+    conv_bias: jax.Array,
+    out_kernel: jax.Array,
+    out_bias: jax.Array,
+    *,
+    act: str,
+    epsilon: float,
+) -> jax.Array:
+    """Returns x plus the block's branch, which starts with the norm."""
+    y = norm_xla.normalise(x, scale, shift, epsilon=epsilon, dtype=x.dtype)
+    product, _, _ = forward(y @ kernel, bias, taps, conv_bias, act=act)
+    return x + add_bias(product @ out_kernel, out_bias)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
