@@ -16,7 +16,9 @@ import triton.language as tl
 
 from mambaout_jax.ops.triton_launch import add_at, launch, load, store
 
-_WIDE = 14  # columns that a program sums at once; half as many on narrower maps
+# Columns that a program sums at once; half as many on narrower maps, and where there would be fewer
+# programs than these, about one for each multiprocessor. Then its tiles have a quarter of the rows.
+_WIDE, _FEW = 14, 132
 # Of the filter gradient: rows of dy that a thread takes at once, its channels, most taps that it
 # sums, warps of a program, and programs: 8 warps for each multiprocessor of an H200. Columns of a
 # loop's body: seven take 6% fewer instructions, and three times as long to compile.
@@ -89,7 +91,10 @@ class _Tiles(NamedTuple):
     def of(cls, shape: Sequence[int], kernel: jax.Array) -> "_Tiles":
         images, height, width, channels = shape
         rows, lanes = (8, 32) if channels % 32 == 0 else (16, 16)
-        columns = _columns(width)
+        columns = _WIDE if width >= _WIDE else _WIDE // 2
+        pixels = triton.cdiv(images * height, rows) * triton.cdiv(width, columns)
+        if pixels * triton.cdiv(channels, lanes) < _FEW:
+            rows, columns = rows // 4, _WIDE // 2
         blocks = triton.cdiv(channels, lanes) * triton.cdiv(width, columns)
         constants = {
             "images": images,
@@ -139,10 +144,6 @@ def filter_gradient(x: jax.Array, dy: jax.Array, size: int) -> jax.Array:
         unroll=min(_UNROLL, width),
     )
     return gradient.sum(0)[:, :, None]
-
-
-def _columns(width: int) -> int:
-    return _WIDE if width >= _WIDE else _WIDE // 2
 
 
 @triton.constexpr_function
