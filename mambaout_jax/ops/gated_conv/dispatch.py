@@ -22,10 +22,9 @@ from mambaout_jax.ops.gated_conv import xla
 from mambaout_jax.ops.kernels import by_kernels
 from mambaout_jax.ops.sharded import images_on_device, on_mesh_of, on_parts, summed_in
 
-# Multiplications of the second dense layer, at most, of a small block: those of 8 images of 224
-# pixels by mambaout_femto, 2 by mambaout_tiny or 1 by mambaout_base. XLA's matrix products take
-# less time for each, and more to start.
-_SMALL = 160_000_000
+# Multiplications of the second dense layer, at most, of a small block: those of 2 images of 224
+# pixels by mambaout_femto. On an H200 its inference was faster so with 1 image, and slower with 8.
+_SMALL = 40_000_000
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
