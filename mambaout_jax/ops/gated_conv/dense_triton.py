@@ -78,7 +78,8 @@ def gate_dense(
     """
     hidden, outputs = kernel.shape
     pixels = shortcut.size // outputs
-    rows, columns, chunk = _tile(pixels, hidden, outputs)
+    # Two chunks at least: without a loop, each warp would make all of the only one.
+    rows, columns, chunk = _tile(pixels, hidden // 2, outputs)
     (y,) = launch(
         gate_dense_product,
         x,
