@@ -1,10 +1,12 @@
 """Kernels load when they are used; where they cannot be, XLA's operations are, with a warning."""
 
+import dataclasses
 import functools
 import subprocess
 import sys
 import threading
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -226,18 +228,24 @@ def test_only_the_function_of_the_platform_is_traced():
         np.testing.assert_array_equal(call_for_target(choose, lambda x: x, x), 2 * x)
 
 
-def test_calls_are_lowered_once_before_their_program():
-    lowered = []
+def twice(x):
+    return 2 * x
 
-    def choose(target):
-        lowered.append((target, threading.current_thread()))
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """Chooses `twice`, and notes for what and in which thread."""
+
+    notes: ClassVar[list] = []
+
+    def __call__(self, target):
+        self.notes.append((target, threading.current_thread()))
         return twice
 
-    def twice(x):
-        return 2 * x
 
+def test_calls_are_lowered_once_before_their_program():
     def double(x):
-        return call_for_target(choose, twice, x)
+        return call_for_target(Recorded(), twice, x)
 
     def program(x, y):
         def body(x, _):
@@ -249,10 +257,23 @@ def test_calls_are_lowered_once_before_their_program():
     for _ in range(2):
         text = lower_in_threads(traced, ("cuda",)).as_text()
         assert text.count("stablehlo.multiply") == 2
-        assert [target for target, _ in lowered] == 2 * [Target("cuda", 1)]  # one of each shape
-        assert threading.main_thread() not in [thread for _, thread in lowered]
+        assert [target for target, _ in Recorded.notes] == 2 * [Target("cuda", 1)]  # of each shape
+        assert threading.main_thread() not in [thread for _, thread in Recorded.notes]
     traced.lower(lowering_platforms=("cpu",))
-    assert {target for target, _ in lowered[2:]} == {Target("cpu", 1)}
+    assert {target for target, _ in Recorded.notes[2:]} == {Target("cpu", 1)}
+
+
+def test_calls_without_a_lasting_name_are_left_to_their_program():
+    threads = []
+
+    def choose(target):
+        threads.append(threading.current_thread())
+        return twice
+
+    traced = jax.jit(lambda x: call_for_target(choose, twice, x)).trace(jnp.ones(3))
+    text = lower_in_threads(traced, ("cuda",)).as_text()
+    assert threads == [threading.main_thread()]
+    assert text == traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_the_matmul_precision_is_the_one_of_the_trace():

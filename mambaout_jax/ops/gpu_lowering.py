@@ -35,7 +35,7 @@ _DIGEST = hashlib.sha256().digest_size
 def lower_in_threads(
     traced: jax.stages.Traced, platforms: tuple[str, ...] | None = None
 ) -> jax.stages.Lowered:
-    """Lowers a traced program; before, its distinct calls, in several threads.
+    """Lowers a traced program; before, its distinct calls of kernels, in several threads.
 
     Calls from other runs are in a folder in that of JAX's compilation cache, if that is on a disk
     and flatbuffers, which writes its files, is installed.
@@ -56,7 +56,10 @@ def lower_in_threads(
 def _lower_call(capability: Any, call: Call) -> None:
     if call in lowered:
         return
-    file = _file(capability, call)
+    try:
+        file = _file(capability, call)
+    except _NamelessError:  # no kernel, but a part of the network
+        return
     known = file and _load(file)
     lowered[call] = known or _export(call)
     if file and not known:
@@ -70,15 +73,12 @@ def _export(call: Call) -> export.Exported:
 
 
 def _file(*key: Any) -> Path | None:
-    """Returns where a key's file is, None if there is no cache or the key has no lasting name."""
+    """Returns where a key's file is, None without a cache."""
+    parts = (_versions(), jax.config.jax_enable_x64, _name(key))  # type: ignore[attr-defined]
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not folder or is_bucket(folder):
         return None
-    try:
-        text = repr((_versions(), jax.config.jax_enable_x64, _name(key)))  # type: ignore[attr-defined]
-    except _NamelessError:
-        return None
-    return Path(folder) / "kernels" / hashlib.sha256(text.encode()).hexdigest()
+    return Path(folder) / "kernels" / hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 class _NamelessError(Exception):
@@ -93,9 +93,9 @@ def _name(value: Any) -> Any:
         return (value.shape, value.dtype.name)
     if isinstance(value, ModuleType):
         return value.__name__
-    if dataclasses.is_dataclass(value):
-        fields = dataclasses.fields(value)
-        return (type(value).__qualname__, [_name(getattr(value, each.name)) for each in fields])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [_name(getattr(value, field.name)) for field in dataclasses.fields(value)]
+        return (_name(type(value)), fields)
     if callable(value):
         name = getattr(value, "__qualname__", "<")
         if "<" in name:  # "<locals>", "<lambda>"
