@@ -243,7 +243,9 @@ class Recorded:
         return twice
 
 
-def test_calls_are_lowered_once_before_their_program():
+def test_calls_are_lowered_once_before_their_program(gpu):
+    gpu("9.0")
+
     def double(x):
         return call_for_target(Recorded(), twice, x)
 
@@ -263,7 +265,19 @@ def test_calls_are_lowered_once_before_their_program():
     assert {target for target, _ in Recorded.notes[2:]} == {Target("cpu", 1)}
 
 
-def test_calls_without_a_lasting_name_are_left_to_their_program():
+def test_without_an_nvidia_gpu_nothing_is_lowered_before_its_program(monkeypatch):
+    def no_gpus(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", no_gpus)
+    traced = jax.jit(lambda x: call_for_target(Recorded(), twice, x)).trace(jnp.ones(5))
+    Recorded.notes.clear()
+    lower_in_threads(traced, ("rocm",))
+    assert Recorded.notes == [(Target("rocm", 1), threading.main_thread())]
+
+
+def test_calls_without_a_lasting_name_are_left_to_their_program(gpu):
+    gpu("9.0")
     threads = []
 
     def choose(target):

@@ -44,8 +44,8 @@ def lower_in_threads(
         traced: a program.
         platforms: as `lowering_platforms` of `traced.lower`.
     """
-    calls = dict.fromkeys(calls_in(traced.jaxpr.jaxpr))
     capability = compute_capability()
+    calls = dict.fromkeys(calls_in(traced.jaxpr.jaxpr) if capability else ())
     # Python 3.11's `ast.parse` may fail in two threads.
     threads = os.cpu_count() if sys.version_info >= (3, 12) else 1
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
