@@ -1,7 +1,7 @@
 """Counts what XLA makes of a network for NVIDIA GPUs, on a machine without any.
 
 Programs are compiled for H200s, without timing alternatives, by the plugin that the extra `cuda`
-installs (and, on a machine without CUDA, `nvidia-cuda-nvcc` for its libdevice):
+installs:
 
   python benchmarks/gpu_static.py --model=mambaout_femto --batch=1
   python benchmarks/gpu_static.py --model=mambaout_base --batch=512 --gpus=2 --fsdp=2
