@@ -8,8 +8,8 @@ installs:
 
 One GPU: inference in bfloat16 with the weights as constants, as `gpu_step.py --modes latency` runs
 it. Several: the training step of the model's recipe; --batch is that of all GPUs. Prints the
-seconds of compilation, the operations of the program by kind, which are the kernels that it starts
-at least, and its collectives with their bytes.
+seconds of compilation, the operations of the program by kind, and its collectives with their bytes.
+Each operation starts at least one kernel.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def lower_inference(model: str, batch: int, device: Any) -> jax.stages.Lowered:
 
 
 def operations(text: str) -> collections.Counter[str]:
-    """Counts the operations of a compiled module by kind, but those inside of a fusion."""
+    """Counts the operations of a compiled module by kind; a fusion is one operation."""
     inside = set(re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", text))
     called = set(re.findall(r" call\(.*to_apply=%?([\w.-]+)", text))
     found, counts = collections.Counter[str](), False

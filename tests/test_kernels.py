@@ -18,7 +18,7 @@ from mambaout_jax.errors import UserError
 from mambaout_jax.ops import depthwise_conv2d, kernels, layer_norm, selective_scan
 from mambaout_jax.ops.gated_conv.dispatch import gated_conv
 from mambaout_jax.ops.gpu_lowering import lower_in_threads
-from mambaout_jax.ops.lowering import Target, call_for_target
+from mambaout_jax.ops.lowering import Target, call_for_target, lowered
 
 NO_TRITON = """
 import json, logging, os, sys
@@ -80,6 +80,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(jax, "local_devices", lambda backend: devices)
 
     kernels._warn_once.cache_clear()
+    lowered.clear()
     return set_capabilities
 
 
@@ -245,6 +246,7 @@ class Recorded:
 
 def test_calls_are_lowered_once_before_their_program(gpu):
     gpu("9.0")
+    Recorded.notes.clear()
 
     def double(x):
         return call_for_target(Recorded(), twice, x)

@@ -1,7 +1,7 @@
 """Lowering for NVIDIA GPUs, which compiles the kernels: in threads, and once for all runs.
 
-JAX's cache finds a program by what it is lowered to, so that each run would compile the kernels
-again. Here the lowered calls of kernels are kept beside it.
+JAX's compilation cache finds a program by its lowered form, so every run would first compile the
+kernels again. This module keeps the lowered calls of kernels in the same folder.
 """
 
 import concurrent.futures
@@ -35,10 +35,10 @@ _DIGEST = hashlib.sha256().digest_size
 def lower_in_threads(
     traced: jax.stages.Traced, platforms: tuple[str, ...] | None = None
 ) -> jax.stages.Lowered:
-    """Lowers a traced program; before, its distinct calls of kernels, in several threads.
+    """Lowers the distinct calls of kernels in several threads, and then the traced program.
 
-    Calls from other runs are in a folder in that of JAX's compilation cache, if that is on a disk
-    and flatbuffers, which writes its files, is installed.
+    Calls that an earlier run lowered are read from the folder `kernels` in JAX's compilation cache,
+    if the cache is on a disk and flatbuffers, which the files need, is installed.
 
     Args:
         traced: a program.
@@ -128,9 +128,9 @@ def _load(file: Path) -> export.Exported | None:
     return None
 
 
-def _store(file: Path, lowered: export.Exported) -> None:
+def _store(file: Path, exported: export.Exported) -> None:
     try:
-        serialized = bytes(lowered.serialize())
+        serialized = bytes(exported.serialize())
         os.makedirs(file.parent, exist_ok=True)
         with replacing(file) as part:
             part.write_bytes(hashlib.sha256(serialized).digest() + serialized)

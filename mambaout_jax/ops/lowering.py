@@ -29,7 +29,7 @@ class Call:
         return _call_p.bind(*args, **dict(self.params))
 
 
-# Calls that are lowered already, for a single NVIDIA GPU; programs take them as they are.
+# Calls that are already lowered for one NVIDIA GPU; programs reuse them.
 lowered: dict[Call, Exported] = {}
 
 

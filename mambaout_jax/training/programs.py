@@ -53,7 +53,7 @@ def compile_programs(
         key: of the training steps.
         init_key: of new parameters.
         resumed: whether the state is read from a checkpoint.
-        meanwhile: called when the training step is lowered, and XLA compiles it without Python.
+        meanwhile: called before XLA compiles the training step, for which it needs no Python.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
     train_step = compile_train_step(

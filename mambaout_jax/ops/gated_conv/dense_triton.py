@@ -1,9 +1,9 @@
 """Triton kernels of a small block's dense layers, with what surrounds them, in bfloat16.
 
 A tile is [pixels, channels] of the result: the sum of matrix products over chunks of the input's
-channels. A chunk is made in registers: that of `norm_dense` from x, by the norm, and that of
-`gate_dense` from gate and value. With few pixels the time is that of waiting for memory, so the
-next chunk is loaded while one is computed.
+channels. A chunk is computed in registers: `norm_dense` normalises x, and `gate_dense` multiplies
+the active gate by the value. With few pixels a program mostly waits for memory, so it loads the
+next chunk while it computes one.
 """
 
 import jax
@@ -14,9 +14,10 @@ from mambaout_jax.ops.activation_triton import activation
 from mambaout_jax.ops.norm_triton import moments
 from mambaout_jax.ops.triton_launch import launch, load, store
 
-# Rows and columns of a tile, and most channels of a chunk: the first that give this many programs,
-# about one for each multiprocessor, else the last.
-_TILES, _PROGRAMS = ((64, 64, 128), (32, 64, 128), (16, 64, 128), (16, 32, 128)), 128
+# Rows and columns of a tile: the first that give this many programs, about one for each
+# multiprocessor, else the last.
+_TILES, _PROGRAMS = ((64, 64), (32, 64), (16, 64), (16, 32)), 128
+_CHUNK = 128  # channels, at most
 _NORM_TILE = 8192  # elements: with more in its rows, a program would need too many registers
 _WARPS = 8
 
@@ -78,7 +79,7 @@ def gate_dense(
     """
     hidden, outputs = kernel.shape
     pixels = shortcut.size // outputs
-    # Two chunks at least: without a loop, each warp would make all of the only one.
+    # At least two chunks: Triton removes a loop over one, and each warp computes the whole chunk.
     rows, columns, chunk = _tile(pixels, hidden // 2, outputs)
     (y,) = launch(
         gate_dense_product,
@@ -105,12 +106,12 @@ def gate_dense(
 def _tile(pixels: int, channels: int, outputs: int, most_rows: int = 64) -> tuple[int, int, int]:
     """Returns the rows and columns of a program's tile, and the channels of a chunk."""
 
-    def fits(rows: int, columns: int, _: int) -> bool:
+    def fits(rows: int, columns: int) -> bool:
         programs = triton.cdiv(pixels, rows) * triton.cdiv(outputs, columns)
         return rows <= most_rows and programs >= _PROGRAMS
 
-    rows, columns, chunk = next((tile for tile in _TILES if fits(*tile)), _TILES[-1])
-    return rows, columns, min(max(triton.next_power_of_2(channels), 16), chunk)
+    rows, columns = next((tile for tile in _TILES if fits(*tile)), _TILES[-1])
+    return rows, columns, min(max(triton.next_power_of_2(channels), 16), _CHUNK)
 
 
 @triton.jit

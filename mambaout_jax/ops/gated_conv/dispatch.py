@@ -5,8 +5,8 @@ convolution. Left to XLA, the convolution's are copied, and its result and the g
 three are read again for the gate and for the sums of the biases' gradients. Here kernels read and
 write them in place; docs/performance.md has the figures.
 
-With few pixels the time of a block is that of starting its kernels, of which XLA needs up to nine,
-with those that pad for matrix units. `small_block` needs three. Elsewhere than on NVIDIA GPUs, or
+With few pixels, starting its kernels takes most of a block's time. XLA needs up to nine, including
+those that pad for matrix units; `small_block` needs three. Elsewhere than on NVIDIA GPUs, or
 where the kernels cannot be used, these are JAX operations.
 """
 
@@ -23,7 +23,7 @@ from mambaout_jax.ops.kernels import by_kernels
 from mambaout_jax.ops.sharded import images_on_device, on_mesh_of, on_parts, summed_in
 
 # Multiplications of the second dense layer, at most, of a small block: those of 2 images of 224
-# pixels by mambaout_femto. On an H200 its inference was faster so with 1 image, and slower with 8.
+# pixels by mambaout_femto. On an H200 small blocks made it faster with 1 image, and slower with 8.
 _SMALL = 40_000_000
 
 

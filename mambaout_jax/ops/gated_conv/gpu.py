@@ -29,21 +29,9 @@ def backward(
     return dx, dbias, dtaps, convolved_sum
 
 
-def small_block(
-    x: jax.Array,
-    scale: jax.Array,
-    shift: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    taps: jax.Array,
-    conv_bias: jax.Array,
-    out_kernel: jax.Array,
-    out_bias: jax.Array,
-    *,
-    act: str,
-    epsilon: float,
-) -> jax.Array:
+def small_block(x: jax.Array, *weights: jax.Array, act: str, epsilon: float) -> jax.Array:
     """As `xla.small_block`, in three kernels."""
+    scale, shift, kernel, bias, taps, conv_bias, out_kernel, out_bias = weights
     y = dense_triton.norm_dense(x, scale, shift, kernel, bias, epsilon=epsilon)
     convolved = triton_kernels.convolve_from(y, taps, conv_bias)
     return dense_triton.gate_dense(y, convolved, x, out_kernel, out_bias, act=act)
