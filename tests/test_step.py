@@ -232,6 +232,20 @@ def test_no_step_gathers_activations():
     assert "all-gather" not in compiled
 
 
+def test_split_parameters_are_gathered_whole_and_not_in_pieces():
+    """Blocks cut the hidden axis at odd places: base has 1,365 hidden channels, these 341."""
+    model = small_model(widths=(16, 32, 64, 128), dtype=jnp.bfloat16, gradient_dtype=jnp.float32)
+    optimizer, mesh = optimizer_of(), make_mesh(2)
+    key = jax.random.key(0)
+    params = jax.eval_shape(functools.partial(init_params, model=model, size=(32, 32)), key)
+    state = jax.eval_shape(lambda: init_state(params, optimizer, ema=False))
+    step = compile_train_step(model, optimizer, RECIPE, state_shardings(state, mesh), mesh)
+    compiled = step.lower(state, batch_of(16), KEY_DATA).compile().as_text()
+    assert "all-gather" in compiled
+    assert "all-to-all" not in compiled
+    assert "collective-permute" not in compiled
+
+
 def test_tpu_kernels_run_on_each_devices_part_of_the_batch():
     model, optimizer, mesh = small_model(depthwise="pallas_tpu"), optimizer_of(), make_mesh(2)
     state = jax.eval_shape(lambda: init_state(golden.params(model), optimizer, ema=False))

@@ -3,6 +3,7 @@
 XLA cannot split a kernel over devices, and libtpu has no `custom_partitioning`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import jax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+_OF_PARAMETERS = "fsdp"  # the axis of `runtime.sharding.make_mesh` that splits parameters
 
 
 def on_parts(function: Callable, split: Sequence[bool], split_results: Sequence[bool]) -> Callable:
@@ -113,6 +116,30 @@ def on_mesh_of(x: jax.Array, weights: jax.Array) -> jax.Array:
     if mesh.empty or not jax.typeof(weights).sharding.mesh.empty:
         return weights
     return _reshard(weights, mesh, PartitionSpec())
+
+
+def gathered(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns rounded weights, whole on each device where x's mesh splits the parameters.
+
+    Left to itself, XLA gathers before rounding, twice the bytes, or after what is computed from the
+    pieces: cuDNN does not know a gradient whose kernel was turned before. The weights' own gradient
+    stays as XLA splits it.
+    """
+    mesh = _find_mesh((x,))
+    if mesh.shape.get(_OF_PARAMETERS, 1) == 1 or _names(mesh, AxisType.Explicit, AxisType.Manual):
+        return weights
+    return _gathered(NamedSharding(mesh, PartitionSpec()), weights)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gathered(sharding: NamedSharding, weights: jax.Array) -> jax.Array:
+    # Without the barrier, XLA takes the sharding over to what is rounded.
+    return lax.with_sharding_constraint(lax.optimization_barrier(weights), sharding)
+
+
+@_gathered.defjvp
+def _gathered_jvp(sharding, weights, tangents):  # type: ignore[no-untyped-def]
+    return _gathered(sharding, *weights), tangents[0]
 
 
 def _reshard(x: jax.Array, mesh: AbstractMesh, spec: PartitionSpec) -> jax.Array:

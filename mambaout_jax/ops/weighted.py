@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mambaout_jax.ops.sharded import on_mesh_of, on_parts
+from mambaout_jax.ops.sharded import gathered, on_mesh_of, on_parts
 
 
 def weighted(
@@ -28,36 +28,35 @@ def weighted(
     """
     weights = tuple(on_mesh_of(x, weight) for weight in weights)
     if x.dtype == gradient_dtype:
-        return _rounded(function, x, weights)
+        return function(x, *_rounded(x, weights))
     return _weighted(function, jnp.dtype(gradient_dtype), x, weights)
 
 
-def _rounded(
-    function: Callable[..., jax.Array], x: jax.Array, weights: tuple[jax.Array, ...]
-) -> jax.Array:
-    return function(x, *(weight.astype(x.dtype) for weight in weights))
+def _rounded(x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(gathered(x, weight.astype(x.dtype)) for weight in weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weighted(function, gradient_dtype, x, weights):
-    return _rounded(function, x, weights)
+    return function(x, *_rounded(x, weights))
 
 
 def _forward(function, gradient_dtype, x, weights):
-    return _rounded(function, x, weights), (x, weights)
+    rounded = _rounded(x, weights)
+    return function(x, *rounded), (x, weights, rounded)
 
 
 def _backward(function, gradient_dtype, residuals, dy):
-    x, weights = residuals
-    _, transpose = jax.vjp(lambda x: _rounded(function, x, weights), x)
+    x, weights, rounded = residuals
+    _, transpose = jax.vjp(lambda x: function(x, *rounded), x)
 
     def on_part(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
         # The function is affine: its gradient is the same at all weights.
-        zeros = [jnp.zeros(weight.shape, x.dtype) for weight in weights]
+        zeros = [jnp.zeros(weight.shape, x.dtype) for weight in rounded]
         _, transpose = jax.vjp(functools.partial(function, x), *zeros)
         return tuple(gradient.astype(gradient_dtype) for gradient in transpose(dy))
 
-    gradients = on_parts(on_part, (True, True), (False,) * len(weights))(x, dy)
+    gradients = on_parts(on_part, (True, True), (False,) * len(rounded))(x, dy)
     pairs = zip(gradients, weights, strict=True)
     return (*transpose(dy), tuple(gradient.astype(weight.dtype) for gradient, weight in pairs))
 

@@ -15,10 +15,14 @@ from jax.tree_util import keystr
 from mambaout_jax.errors import UserError
 
 # The first rule whose pattern is found in a parameter's name holds; optimizer state and averages
-# have the names of their parameters. "largest" splits the largest axis that divides over `fsdp`.
-RULES: tuple[tuple[str, str], ...] = (
+# have the names of their parameters. A number is the axis to split, if it divides over `fsdp`;
+# "largest" the largest axis that does. The hidden axis of fc1 and fc2 is cut into gate, value and
+# convolution at odd places: were it split, each cut would move pieces between devices.
+RULES: tuple[tuple[str, str | int], ...] = (
     (r"(^|/)(bias|scale|mean|var|layer_scale|a_log|d|cls_token|pos_embed)$", "replicated"),
     (r"blocks_\d+/conv/kernel$", "replicated"),
+    (r"/fc1/kernel$", 0),
+    (r"/fc2/kernel$", 1),
     (r"/kernel$", "largest"),
     (r"/ns_coeffs$", "replicated"),  # constants in the state of optax's Muon
 )
@@ -74,8 +78,8 @@ def parameter_spec(name: str, shape: tuple[int, ...], fsdp: int) -> P:
     axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
     if rule == "replicated" or fsdp == 1 or math.prod(shape) < MIN_SPLIT_SIZE or not axes:
         return P()
-    largest = max(axes, key=lambda axis: shape[axis])
-    return P(*(None,) * largest, "fsdp")
+    axis = rule if rule in axes else max(axes, key=lambda axis: shape[axis])
+    return P(*(None,) * axis, "fsdp")
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
