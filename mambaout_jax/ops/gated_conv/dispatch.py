@@ -22,9 +22,9 @@ from mambaout_jax.ops.gated_conv import xla
 from mambaout_jax.ops.kernels import by_kernels
 from mambaout_jax.ops.sharded import images_on_device, on_mesh_of, on_parts, summed_in
 
-# Multiplications of the second dense layer, at most, of a small block: those of 2 images of 224
-# pixels by mambaout_femto. On an H200 small blocks made it faster with 1 image, and slower with 8.
-_SMALL = 40_000_000
+# Multiplications of the second dense layer, at most, of a small block: those of 1 image of 224
+# pixels by mambaout_femto. On an H200 small blocks made it faster, and slower with 2, 4 and 8.
+_SMALL = 20_000_000
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
