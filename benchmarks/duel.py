@@ -16,7 +16,9 @@ anything.
 """
 
 import argparse
+import contextlib
 import csv
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -147,6 +149,7 @@ def run(options: argparse.Namespace, side: str, seed: int, keys: dict[str, Any])
         "fault": options.fault or "",
         "seconds": round(time.monotonic() - start, 1),
         "device": device_name(),
+        "versions": versions(),
         "command": command,
         "rows": [
             {key: float(row[key]) for key in ("epoch", "train_loss", "eval_loss", "top1")}
@@ -158,6 +161,15 @@ def run(options: argparse.Namespace, side: str, seed: int, keys: dict[str, Any])
 def run_name(side: str, config: Any, fault: str | None, seed: int) -> str:
     """Returns what the files of a run are called."""
     return "-".join([side, config.model.dtype, *([fault] if fault else []), f"seed{seed}"])
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the libraries that the sides use, of those that are installed."""
+    found = {}
+    for package in ("jax", "timm", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def device_name() -> str:
