@@ -233,7 +233,7 @@ def test_no_step_gathers_activations():
 
 
 def test_split_parameters_are_gathered_whole_and_not_in_pieces():
-    """Blocks cut the hidden axis at odd places: base has 1,365 hidden channels, these 341."""
+    """Blocks slice the hidden axis at odd places: base has 1,365 hidden channels, this one 341."""
     model = small_model(widths=(16, 32, 64, 128), dtype=jnp.bfloat16, gradient_dtype=jnp.float32)
     optimizer, mesh = optimizer_of(), make_mesh(2)
     key = jax.random.key(0)

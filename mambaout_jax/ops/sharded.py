@@ -119,11 +119,11 @@ def on_mesh_of(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def gathered(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns rounded weights, whole on each device where x's mesh splits the parameters.
+    """Returns weights, already rounded, whole on each device of a mesh that splits parameters.
 
-    Left to itself, XLA gathers before rounding, twice the bytes, or after what is computed from the
-    pieces: cuDNN does not know a gradient whose kernel was turned before. The weights' own gradient
-    stays as XLA splits it.
+    By itself, XLA gathers the float32 parameters, which are twice the bytes. It also gathers a
+    kernel after reversing it for a convolution's gradient; cuDNN then computes that gradient as a
+    convolution of a dilated map. How the weights' gradient is split is left to XLA.
     """
     mesh = _find_mesh((x,))
     if mesh.shape.get(_OF_PARAMETERS, 1) == 1 or _names(mesh, AxisType.Explicit, AxisType.Manual):
@@ -133,7 +133,7 @@ def gathered(x: jax.Array, weights: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gathered(sharding: NamedSharding, weights: jax.Array) -> jax.Array:
-    # Without the barrier, XLA takes the sharding over to what is rounded.
+    # Without the barrier, XLA applies the sharding before the rounding, too.
     return lax.with_sharding_constraint(lax.optimization_barrier(weights), sharding)
 
 

@@ -38,7 +38,7 @@ def _rounded(x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, .
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weighted(function, gradient_dtype, x, weights):
-    return function(x, *_rounded(x, weights))
+    return _forward(function, gradient_dtype, x, weights)[0]
 
 
 def _forward(function, gradient_dtype, x, weights):

@@ -15,9 +15,10 @@ from jax.tree_util import keystr
 from mambaout_jax.errors import UserError
 
 # The first rule whose pattern is found in a parameter's name holds; optimizer state and averages
-# have the names of their parameters. A number is the axis to split, if it divides over `fsdp`;
-# "largest" the largest axis that does. The hidden axis of fc1 and fc2 is cut into gate, value and
-# convolution at odd places: were it split, each cut would move pieces between devices.
+# have the names of their parameters. A number is the axis to split; "largest" is the largest axis
+# that divides over `fsdp`, and replaces a number whose axis does not. fc1 and fc2 are not split
+# along their hidden axis: blocks slice it into gate, value and convolution, and XLA would exchange
+# pieces between devices for each slice.
 RULES: tuple[tuple[str, str | int], ...] = (
     (r"(^|/)(bias|scale|mean|var|layer_scale|a_log|d|cls_token|pos_embed)$", "replicated"),
     (r"blocks_\d+/conv/kernel$", "replicated"),
